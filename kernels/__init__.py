@@ -1,1 +1,82 @@
-"""Kernel API: every public function here has a plain torch reference of the same name in `reference/`."""
+"""Kernel API. Each public function runs its Triton kernel on CUDA tensors and its plain torch reference elsewhere.
+
+Kernel and reference share module and function names: `norm.rmsnorm` and `reference.norm.rmsnorm`. The references' docstrings
+are the contract (shapes, formats, sources); the kernels' files say how. No function here knows autograd, and none
+synchronises with the host on a GPU. Shapes are flat over tokens, T = batch x sequence; R = T x top-k rows of experts.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from deepv3.kernels.reference import activation, adamw, gemm, loss, norm, rope, router, routing
+
+__all__ = [
+    "adamw_",
+    "assemble_key",
+    "assemble_key_backward",
+    "balance_loss",
+    "balance_loss_backward",
+    "cross_entropy",
+    "cross_entropy_",
+    "dense_wgrad_",
+    "embedding_wgrad_",
+    "grouped_mm",
+    "grouped_mm_t",
+    "grouped_wgrad_",
+    "permute",
+    "rmsnorm",
+    "rmsnorm_backward",
+    "rope_query_",
+    "router_topk",
+    "router_topk_backward",
+    "routing_tables",
+    "sum_of_squares",
+    "swiglu",
+    "swiglu_backward",
+    "unpermute",
+]
+
+
+def _by_device(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that runs `reference`, or its namesake in deepv3.kernels where the first argument is a CUDA tensor.
+
+    Kernel modules are imported at their first use: machines without Triton run the references.
+    """
+    module = "deepv3.kernels." + reference.__module__.rsplit(".", 1)[-1]
+
+    @functools.cache
+    def kernel() -> Callable[..., Any]:
+        return getattr(importlib.import_module(module), reference.__name__)
+
+    @functools.wraps(reference)
+    def call(first: Any, *args: Any, **kwargs: Any) -> Any:
+        return (kernel() if first.is_cuda else reference)(first, *args, **kwargs)
+
+    return call
+
+
+rmsnorm = _by_device(norm.rmsnorm)
+rmsnorm_backward = _by_device(norm.rmsnorm_backward)
+rope_query_ = _by_device(rope.rope_query_)
+assemble_key = _by_device(rope.assemble_key)
+assemble_key_backward = _by_device(rope.assemble_key_backward)
+router_topk = _by_device(router.router_topk)
+router_topk_backward = _by_device(router.router_topk_backward)
+balance_loss = _by_device(router.balance_loss)
+balance_loss_backward = _by_device(router.balance_loss_backward)
+routing_tables = _by_device(routing.routing_tables)
+permute = _by_device(routing.permute)
+unpermute = _by_device(routing.unpermute)
+swiglu = _by_device(activation.swiglu)
+swiglu_backward = _by_device(activation.swiglu_backward)
+cross_entropy = _by_device(loss.cross_entropy)
+cross_entropy_ = _by_device(loss.cross_entropy_)
+grouped_mm = _by_device(gemm.grouped_mm)
+grouped_mm_t = _by_device(gemm.grouped_mm_t)
+dense_wgrad_ = _by_device(gemm.dense_wgrad_)
+grouped_wgrad_ = _by_device(gemm.grouped_wgrad_)
+embedding_wgrad_ = _by_device(gemm.embedding_wgrad_)
+adamw_ = _by_device(adamw.adamw_)
+sum_of_squares = _by_device(adamw.sum_of_squares)
