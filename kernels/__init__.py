@@ -1,7 +1,7 @@
 """Kernel API. Each public function runs its Triton kernel on CUDA tensors and its plain torch reference elsewhere.
 
-Kernel and reference share module and function names: `norm.rmsnorm` and `reference.norm.rmsnorm`. The references' docstrings
-are the contract (shapes, formats, sources); the kernels' files say how. No function here knows autograd, and none
+Kernel and reference share module and function names: `norm.rmsnorm` and `reference.norm.rmsnorm`. The references'
+docstrings are the contract (shapes, formats, sources); the kernels' files say how. No function here knows autograd, and none
 synchronises with the host on a GPU. Shapes are flat over tokens, T = batch x sequence; R = T x top-k rows of experts.
 """
 

@@ -18,7 +18,7 @@ def adamw_(
     step: int | Tensor,
     grad_scale: Tensor,
 ) -> None:
-    """One AdamW step with decoupled decay (Loshchilov 2019) in FP32; moments rounded to nearest even when stored in BF16.
+    """One AdamW step with decoupled decay (Loshchilov 2019) in FP32; BF16 moments are rounded to nearest even.
 
     g = grad * grad_scale; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
     master = master (1 - lr wd) - lr (m / (1 - b1^step)) / (sqrt(v / (1 - b2^step)) + eps); param_out = master, rounded.

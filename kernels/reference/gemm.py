@@ -1,6 +1,7 @@
 """GEMMs over rows sorted by expert, and weight gradients into FP32 buffers: plain torch.
 
-offsets [G] int32 are cumulative ends: group g owns rows offsets[g-1] .. offsets[g]. Each function gives its shape equation.
+offsets [G] int32 are cumulative ends: group g owns rows offsets[g-1] .. offsets[g]. Each function states its
+shape equation.
 """
 
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ def dense_wgrad_(grad: Tensor, dy: Tensor, x: Tensor, accumulate: bool) -> None:
 
 
 def grouped_wgrad_(grad: Tensor, dy: Tensor, x: Tensor, offsets: Tensor, accumulate: bool) -> None:
-    """grad[g][N, Kin] (+)= dy[rows of g][., N]^T @ x[rows of g][., Kin]; an empty group stores zeros or adds nothing."""
+    """grad[g][N, Kin] (+)= dy[rows of g][., N]^T @ x[rows of g][., Kin]; an empty group stores 0 or adds nothing."""
     for group, start, end in _groups(offsets):
         dense_wgrad_(grad[group], dy[start:end], x[start:end], accumulate)
 

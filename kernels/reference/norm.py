@@ -10,10 +10,10 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """y = summed * rstd * weight with rstd = 1 / sqrt(mean(summed^2) + eps) and summed = x + residual (V3 4.2, Zhang 2019).
+    """y = summed * rstd * weight with rstd = 1 / sqrt(mean(summed^2) + eps) and summed = x + residual (Zhang 2019).
 
     x, residual: [T, D]; weight: [D]. Returns y [T, D] and summed [T, D] in x's format (summed is x itself without a
-    residual) and rstd [T] in FP32. The norm is that of `summed` as rounded, so that backward needs only what is returned.
+    residual) and rstd [T] in FP32. The norm is taken of `summed` as rounded: backward needs nothing else.
     """
     summed = x if residual is None else (wide(x) + wide(residual)).to(x.dtype)
     value = wide(summed)
@@ -27,8 +27,8 @@ def rmsnorm_backward(
     """Gradients of `rmsnorm`; x is the `summed` it returned.
 
     With n = x * rstd and g = dy * weight:  dx = rstd * (g - n * mean(g * n)) + dresidual,  dweight = sum_t dy * n.
-    dresidual [T, D] is the gradient that reaches `summed` past the norm. Returns dx [T, D] in x's format (it is the gradient
-    of both x and residual) and dweight [D] in FP32.
+    dresidual [T, D] is the gradient that reaches `summed` past the norm. Returns dx [T, D] in x's format (the
+    gradient of both x and residual) and dweight [D] in FP32.
     """
     normed = wide(x) * rstd[:, None]
     wide_dy = wide(dy)

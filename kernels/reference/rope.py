@@ -11,7 +11,7 @@ from deepv3.kernels.reference.norm import wide
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn interleaved pairs: (a, b) -> (a cos - b sin, a sin + b cos). x: [..., rope]; cos, sin broadcast to [..., rope/2]."""
+    """Turn interleaved pairs of x [..., rope]: (a, b) -> (a cos - b sin, a sin + b cos); cos, sin: [..., rope / 2]."""
     even, odd = wide(x[..., 0::2]), wide(x[..., 1::2])
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 

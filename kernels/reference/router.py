@@ -41,7 +41,7 @@ def router_topk(
 
 
 def router_topk_backward(dweights: Tensor, logits: Tensor, indices: Tensor, scale: float) -> Tensor:
-    """Gradient through the weights only; the choice has none. Returns dlogits [T, E], zero where an expert was not chosen."""
+    """Gradient through the weights only; the choice has none. Returns dlogits [T, E], zero where not chosen."""
     indices = indices.long()
     chosen = torch.sigmoid(wide(logits)).gather(1, indices)
     total = chosen.sum(-1, keepdim=True) + TINY
@@ -61,8 +61,8 @@ def _balance_parts(logits: Tensor, top_k: int, seq_len: int) -> tuple[Tensor, Te
 def balance_loss(logits: Tensor, top_k: int, seq_len: int) -> Tensor:
     """sum_i f_i P_i of every sequence (V3 Eq. 17-20 without alpha); at perfect balance 1.
 
-    f_i = E / (K S) * tokens whose raw top-K holds i (no bias, no groups, no gradient); P_i = mean over the sequence of the
-    score's share. logits: [B * seq_len, E]. Returns [B] FP32.
+    f_i = E / (K S) * tokens whose raw top-K holds i (no bias, no groups, no gradient); P_i = mean over the sequence of
+    the score's share. logits: [B * seq_len, E]. Returns [B] FP32.
     """
     _, share, fraction = _balance_parts(logits, top_k, seq_len)
     return (fraction * share.mean(1)).sum(-1)

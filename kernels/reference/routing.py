@@ -13,8 +13,8 @@ def routing_tables(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Ten
     """Sort the (token, choice) pairs by expert, then by token.
 
     indices: [T, K] int32, distinct within a token. Returns, all int32: slot_of_token [T, K] (row of the sorted order),
-    token_of_slot [T * K], offsets [E] (cumulative ends of the experts' rows), counts [E]. Example: indices [[1], [0], [1]]
-    give slots [[1], [0], [2]], tokens [1, 0, 2], offsets [1, 3], counts [1, 2].
+    token_of_slot [T * K], offsets [E] (cumulative ends of the experts' rows), counts [E].
+    Example: indices [[1], [0], [1]] give slots [[1], [0], [2]], tokens [1, 0, 2], offsets [1, 3], counts [1, 2].
     """
     flat = indices.reshape(-1).long()
     order = torch.argsort(flat, stable=True)
