@@ -1,8 +1,8 @@
 """Kernel API. Each public function runs its Triton kernel on CUDA tensors and its plain torch reference elsewhere.
 
 Kernel and reference share module and function names: `norm.rmsnorm` and `reference.norm.rmsnorm`. The references'
-docstrings are the contract (shapes, formats, sources); the kernels' files say how. No function here knows autograd, and none
-synchronises with the host on a GPU. Shapes are flat over tokens, T = batch x sequence; R = T x top-k rows of experts.
+docstrings are the contract (shapes, formats, sources); the kernels' files say how. No function here knows autograd, and
+none synchronises with the host on a GPU. Shapes are flat over tokens, T = batch x sequence; R = T x top-k expert rows.
 """
 
 import functools
@@ -10,7 +10,15 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from deepv3.kernels.reference import activation, adamw, gemm, loss, norm, rope, router, routing
+from deepv3.kernels.reference import activation as _activation
+from deepv3.kernels.reference import adamw as _adamw
+from deepv3.kernels.reference import embedding as _embedding
+from deepv3.kernels.reference import gemm as _gemm
+from deepv3.kernels.reference import loss as _loss
+from deepv3.kernels.reference import norm as _norm
+from deepv3.kernels.reference import rope as _rope
+from deepv3.kernels.reference import router as _router
+from deepv3.kernels.reference import routing as _routing
 
 __all__ = [
     "adamw_",
@@ -57,26 +65,26 @@ def _by_device(reference: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-rmsnorm = _by_device(norm.rmsnorm)
-rmsnorm_backward = _by_device(norm.rmsnorm_backward)
-rope_query_ = _by_device(rope.rope_query_)
-assemble_key = _by_device(rope.assemble_key)
-assemble_key_backward = _by_device(rope.assemble_key_backward)
-router_topk = _by_device(router.router_topk)
-router_topk_backward = _by_device(router.router_topk_backward)
-balance_loss = _by_device(router.balance_loss)
-balance_loss_backward = _by_device(router.balance_loss_backward)
-routing_tables = _by_device(routing.routing_tables)
-permute = _by_device(routing.permute)
-unpermute = _by_device(routing.unpermute)
-swiglu = _by_device(activation.swiglu)
-swiglu_backward = _by_device(activation.swiglu_backward)
-cross_entropy = _by_device(loss.cross_entropy)
-cross_entropy_ = _by_device(loss.cross_entropy_)
-grouped_mm = _by_device(gemm.grouped_mm)
-grouped_mm_t = _by_device(gemm.grouped_mm_t)
-dense_wgrad_ = _by_device(gemm.dense_wgrad_)
-grouped_wgrad_ = _by_device(gemm.grouped_wgrad_)
-embedding_wgrad_ = _by_device(gemm.embedding_wgrad_)
-adamw_ = _by_device(adamw.adamw_)
-sum_of_squares = _by_device(adamw.sum_of_squares)
+rmsnorm = _by_device(_norm.rmsnorm)
+rmsnorm_backward = _by_device(_norm.rmsnorm_backward)
+rope_query_ = _by_device(_rope.rope_query_)
+assemble_key = _by_device(_rope.assemble_key)
+assemble_key_backward = _by_device(_rope.assemble_key_backward)
+router_topk = _by_device(_router.router_topk)
+router_topk_backward = _by_device(_router.router_topk_backward)
+balance_loss = _by_device(_router.balance_loss)
+balance_loss_backward = _by_device(_router.balance_loss_backward)
+routing_tables = _by_device(_routing.routing_tables)
+permute = _by_device(_routing.permute)
+unpermute = _by_device(_routing.unpermute)
+swiglu = _by_device(_activation.swiglu)
+swiglu_backward = _by_device(_activation.swiglu_backward)
+cross_entropy = _by_device(_loss.cross_entropy)
+cross_entropy_ = _by_device(_loss.cross_entropy_)
+grouped_mm = _by_device(_gemm.grouped_mm)
+grouped_mm_t = _by_device(_gemm.grouped_mm_t)
+dense_wgrad_ = _by_device(_gemm.dense_wgrad_)
+grouped_wgrad_ = _by_device(_gemm.grouped_wgrad_)
+embedding_wgrad_ = _by_device(_embedding.embedding_wgrad_)
+adamw_ = _by_device(_adamw.adamw_)
+sum_of_squares = _by_device(_adamw.sum_of_squares)

@@ -46,8 +46,3 @@ def grouped_wgrad_(grad: Tensor, dy: Tensor, x: Tensor, offsets: Tensor, accumul
     """grad[g][N, Kin] (+)= dy[rows of g][., N]^T @ x[rows of g][., Kin]; an empty group stores 0 or adds nothing."""
     for group, start, end in _groups(offsets):
         dense_wgrad_(grad[group], dy[start:end], x[start:end], accumulate)
-
-
-def embedding_wgrad_(grad: Tensor, ids: Tensor, dy: Tensor) -> None:
-    """grad[ids[t]] += dy[t] for every t, in token order. grad: [V, D] FP32; ids: [T] int64; dy: [T, D]."""
-    grad.index_add_(0, ids, dy.to(grad.dtype))
