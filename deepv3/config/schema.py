@@ -44,27 +44,41 @@ class ModelConfig:
     q_lora_rank: Optional[int] = knob(1536, "Query latent width d_c'; null for one full q_proj (V3 4.2).")
     kv_lora_rank: int = knob(512, "Key-value latent width d_c (V3 4.2).")
     qk_nope_head_dim: int = knob(128, "Per-head query/key width without rotation d_h (V3 4.2).")
-    qk_rope_head_dim: int = knob(64, "Rotated per-head width d_h^R, even; the key part is shared by all heads (V3 4.2).")
+    qk_rope_head_dim: int = knob(
+        64, "Rotated per-head width d_h^R, even; the key part is shared by all heads (V3 4.2)."
+    )
     v_head_dim: int = knob(128, "Per-head value width (V3 4.2).")
     n_routed_experts: int = knob(256, "Routed experts N_r per MoE layer (V3 4.2).")
-    n_shared_experts: int = knob(1, "Shared experts N_s, fused in one feed-forward of N_s x moe_intermediate_size (V3 4.2).")
+    n_shared_experts: int = knob(
+        1, "Shared experts N_s, fused in one feed-forward of N_s x moe_intermediate_size (V3 4.2)."
+    )
     num_experts_per_tok: int = knob(8, "Routed experts K_r active per token (V3 4.2).")
     n_group: int = knob(8, "Expert groups (nodes); n_routed_experts is divisible by it (V3 4.2).")
     topk_group: int = knob(4, "Groups M a token may reach; score of a group = sum of its two best experts (V3 2.1.2).")
-    routed_scaling_factor: float = knob(2.5, "Factor on the normalised gates (released; one of V3 4.2's bottleneck factors).")
+    routed_scaling_factor: float = knob(
+        2.5, "Factor on the normalised gates (released; one of V3 4.2's bottleneck factors)."
+    )
     rms_norm_eps: float = knob(1e-6, "Epsilon of every RMSNorm (released).")
     rope_theta: float = knob(10000.0, "Base of the rotary frequencies (released).")
-    rope_scaling: Optional[RopeScaling] = knob(None, "YaRN settings; null is plain RoPE, as in 4K pre-training (V3 4.3).")
-    max_position_embeddings: int = knob(4096, "Longest position the rope serves, tokens; data.seq_len must not exceed it.")
+    rope_scaling: Optional[RopeScaling] = knob(
+        None, "YaRN settings; null is plain RoPE, as in 4K pre-training (V3 4.3)."
+    )
+    max_position_embeddings: int = knob(
+        4096, "Longest position the rope serves, tokens; data.seq_len must not exceed it."
+    )
     num_nextn_predict_layers: int = knob(1, "Multi-token-prediction depth D (V3 2.2).")
     initializer_range: float = knob(0.006, "Standard deviation of every initial weight matrix (V3 4.2).")
-    latent_scale_q: float = knob(1.0, "Factor on the normed query latent (V3 4.2 'scaling factors'; value not published).")
+    latent_scale_q: float = knob(
+        1.0, "Factor on the normed query latent (V3 4.2 'scaling factors'; value not published)."
+    )
     latent_scale_kv: float = knob(1.0, "Factor on the normed key-value latent (V3 4.2; value not published).")
     attn_out_scale: float = knob(1.0, "Factor on the attention output projection (V3 4.2; value not published).")
     aux_loss_alpha: float = knob(1e-4, "Weight alpha of the sequence-wise balance loss (V3 Eq. 17, 4.2).")
     bias_update_speed: float = knob(1e-3, "gamma: step of the router bias, once per optimizer step (V3 2.1.2, 4.2).")
     mtp_loss_weight: float = knob(0.3, "lambda: weight of the mean MTP loss (V3 Eq. 25, 4.2).")
-    force_balance: bool = knob(False, "Benchmarks only: ignore the router's choice and spread tokens evenly over experts.")
+    force_balance: bool = knob(
+        False, "Benchmarks only: ignore the router's choice and spread tokens evenly over experts."
+    )
 
 
 @dataclass
@@ -91,7 +105,9 @@ class OptimConfig:
     weight_decay: float = knob(0.1, "Decoupled weight decay on matrices; norm gains and biases have none (V3 4.2).")
     clip_norm: float = knob(1.0, "Global gradient norm above which gradients are scaled down (V3 4.2).")
     moment_dtype: str = knob("bfloat16", "bfloat16 | float32: storage of both AdamW moments (V3 3.3.3: BF16).")
-    ema_decay: float = knob(0.0, "Decay of the CPU weight average, per optimizer step; 0 is off (V3 3.2.3; value not stated).")
+    ema_decay: float = knob(
+        0.0, "Decay of the CPU weight average, per optimizer step; 0 is off (V3 3.2.3; value not stated)."
+    )
 
 
 @dataclass
@@ -103,7 +119,9 @@ class SourceConfig:
     name: Optional[str] = knob(None, "Configuration of a hub dataset.")
     split: str = knob("train", "Split of a hub dataset or a saved dataset dictionary.")
     field: str = knob("text", "Column that holds the document's text.")
-    suffixes: list[str] = knob([], "For folders of text: file suffixes taken, such as [.py, .h]; empty takes .txt and .md.")
+    suffixes: list[str] = knob(
+        [], "For folders of text: file suffixes taken, such as [.py, .h]; empty takes .txt and .md."
+    )
     weight: float = knob(1.0, "Share of training tokens drawn from this source, relative to the other sources.")
     streaming: bool = knob(False, "Read documents while training instead of tokenising them into the cache first.")
 
@@ -113,15 +131,23 @@ class DataConfig:
     """Documents to packed sequences (V3 4.1)."""
 
     sources: list[SourceConfig] = knob([], "Documents to train on, blended by weight.")
-    validation_sources: list[SourceConfig] = knob([], "Documents to validate on; empty splits validation_fraction off sources.")
-    validation_fraction: float = knob(0.01, "Share of each source's documents held out, chosen by a hash of their number.")
-    tokenizer: Optional[str] = knob(None, "Folder or hub name for AutoTokenizer; null trains a byte-level BPE on the sources.")
+    validation_sources: list[SourceConfig] = knob(
+        [], "Documents to validate on; empty splits validation_fraction off sources."
+    )
+    validation_fraction: float = knob(
+        0.01, "Share of each source's documents held out, chosen by a hash of their number."
+    )
+    tokenizer: Optional[str] = knob(
+        None, "Folder or hub name for AutoTokenizer; null trains a byte-level BPE on the sources."
+    )
     tokenizer_vocab_size: int = knob(0, "Vocabulary of a trained tokenizer, tokens; 0 takes model.vocab_size.")
     tokenizer_train_bytes: int = knob(20_000_000, "Text read to train the tokenizer, bytes.")
     seq_len: int = knob(4096, "Trained positions per sequence T, tokens (V3 4.2); rows hold T + 1 + MTP depth tokens.")
     fim_rate: float = knob(0.1, "Share of documents rewritten prefix-suffix-middle before packing (V3 4.1).")
     mask_documents: bool = knob(False, "Forbid attention across documents of one sequence (V3 4.1: no mask).")
-    bad_documents: str = knob("skip", "skip | stop: what a document that cannot be read does; skipped ones are named and counted.")
+    bad_documents: str = knob(
+        "skip", "skip | stop: what a document that cannot be read does; skipped ones are named and counted."
+    )
     cache_dir: str = knob(".cache", "Where trained tokenizers and tokenised data are kept between runs.")
     num_proc: int = knob(0, "Processes that tokenise; 0 takes the machine's cores, at most 8.")
     shuffle: bool = knob(True, "Visit sequences in a seeded random order, another one each epoch.")
@@ -178,7 +204,7 @@ class TrainConfig:
 class CheckpointConfig:
     """When state is saved and how much of it is kept."""
 
-    every: int = knob(1000, "Steps between checkpoints; 0 saves only at the end.")
+    every: Optional[int] = knob(1000, "Steps between checkpoints; 0 saves only at the end, null never (benchmarks).")
     keep: int = knob(2, "Newest checkpoints kept; older ones are removed after the next is published.")
 
 

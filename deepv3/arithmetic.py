@@ -1,0 +1,116 @@
+"""Parameters and FLOPs of a model in closed form; torch-free, read by the MFU row, the planner and the tests.
+
+Every figure is a function of ModelConfig alone and is held against the model built on the meta device and against the
+published 671B numbers. Nothing of the optimizer or of a parallel layout is counted here.
+
+Conventions: a multiply-add is 2 FLOPs; backward is twice forward; norms, softmax, RoPE, SwiGLU and the router's top-k
+are left out, as usual; recompute is left out, because MFU counts useful work only. Router biases are state, not
+parameters.
+"""
+
+from dataclasses import dataclass
+
+from deepv3.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters of the pieces of one layer."""
+
+    attention: int  # MLA with its latent norms
+    attention_norms: int  # of those, the latent norms' gains
+    norms: int  # the two norms before attention and feed-forward
+    dense: int  # SwiGLU of a dense layer
+    expert: int  # one routed expert
+    shared: int  # all shared experts together
+    router: int  # the gate's matrix
+
+    def moe(self, experts: int) -> int:
+        """A MoE feed-forward of which ``experts`` routed experts are counted."""
+        return self.router + self.shared + experts * self.expert
+
+
+def block(m: ModelConfig) -> Block:
+    """Sizes of one layer's pieces (spec of the shapes: V3 2.1, released names)."""
+    d, heads, qk = m.hidden_size, m.num_attention_heads, m.qk_nope_head_dim + m.qk_rope_head_dim
+    if m.q_lora_rank is None:
+        query, query_norm = d * heads * qk, 0
+    else:
+        query, query_norm = m.q_lora_rank * (d + heads * qk), m.q_lora_rank
+    key_value = d * (m.kv_lora_rank + m.qk_rope_head_dim) + m.kv_lora_rank * heads * (m.qk_nope_head_dim + m.v_head_dim)
+    latent_norms = query_norm + m.kv_lora_rank
+    return Block(
+        attention=query + key_value + heads * m.v_head_dim * d + latent_norms,
+        attention_norms=latent_norms,
+        norms=2 * d,
+        dense=3 * d * m.intermediate_size,
+        expert=3 * d * m.moe_intermediate_size,
+        shared=3 * d * m.moe_intermediate_size * m.n_shared_experts,
+        router=m.n_routed_experts * d,
+    )
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts of a whole model. "Active" is what one token uses: num_experts_per_tok routed experts per MoE layer."""
+
+    embedding: int  # equal to the head
+    dense_layer: int
+    moe_layer: int
+    routed_experts: int  # of the main model, all layers
+    total: int  # main model: embedding, layers, final norm, head
+    active: int  # main model, head counted, embedding not (a look-up multiplies nothing)
+    active_with_embedding: int
+    active_without_head: int  # neither embedding nor head
+    mtp: int  # MTP modules without the embedding and head they share
+    mtp_active: int  # the same with the active experts only
+
+    @property
+    def stored(self) -> int:
+        """Everything that is trained and kept: main model and MTP."""
+        return self.total + self.mtp
+
+
+def parameters(m: ModelConfig) -> Parameters:
+    """Parameter counts by part. V3: total 671,026,404,352; active 36,625,603,584; MTP 11,610,067,968."""
+    b, d = block(m), m.hidden_size
+    embedding, dense_layers = m.vocab_size * d, min(m.first_k_dense_replace, m.num_hidden_layers)
+    moe_layers = m.num_hidden_layers - dense_layers
+    dense_layer = b.attention + b.norms + b.dense
+    moe_layer = b.attention + b.norms + b.moe(m.n_routed_experts)
+    active_moe_layer = b.attention + b.norms + b.moe(m.num_experts_per_tok)
+    joint = 2 * d * d + 3 * d  # eh_proj and the norms enorm, hnorm, norm of one MTP module
+    body = d + dense_layers * dense_layer + moe_layers * active_moe_layer
+    return Parameters(
+        embedding=embedding,
+        dense_layer=dense_layer,
+        moe_layer=moe_layer,
+        routed_experts=moe_layers * m.n_routed_experts * b.expert,
+        total=2 * embedding + d + dense_layers * dense_layer + moe_layers * moe_layer,
+        active=embedding + body,
+        active_with_embedding=2 * embedding + body,
+        active_without_head=body,
+        mtp=m.num_nextn_predict_layers * (joint + moe_layer),
+        mtp_active=m.num_nextn_predict_layers * (joint + active_moe_layer),
+    )
+
+
+def flops_per_token(m: ModelConfig, seq_len: int, causal: bool = True, mtp: bool = True) -> float:
+    """FLOPs of forward and backward per trained token.
+
+    seq_len: S, tokens. causal: count the half of the S x S square that the mask leaves, else all of it (the 250 GFLOP
+    published for V3 are the causal count without MTP). mtp: count the MTP modules and their passes through the head.
+    """
+    b, count, d = block(m), parameters(m), m.hidden_size
+    layers, depth = m.num_hidden_layers, m.num_nextn_predict_layers if mtp else 0
+    gains = b.norms + b.attention_norms
+    multiplied = count.active - d - layers * gains
+    if depth:
+        multiplied += count.mtp_active + depth * (count.embedding - 3 * d - gains)
+    return 3 * (2.0 * multiplied + (layers + depth) * attention_flops(m, seq_len, causal))
+
+
+def attention_flops(m: ModelConfig, seq_len: int, causal: bool = True) -> float:
+    """FLOPs of the attention core (scores and their product with the values), forward, per token and layer."""
+    square = 2.0 * seq_len * m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim)
+    return square / 2 if causal else square

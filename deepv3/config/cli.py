@@ -1,0 +1,166 @@
+"""The command-line side of every launch script: compose, validate, call, and say how it ended.
+
+Whatever happens, the process ends with one of the exit codes of errors.py and leaves ``run_dir/exit.json``
+{code, reason, rank, step}, because torchrun hides exit codes. What the user got wrong is a short message; a traceback
+means a bug of ours. Of ranks that fail for the same reason one speaks.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from deepv3.config.compose import CONFIG_DIR, PRESET, compose, groups, to_yaml
+from deepv3.config.schema import Config
+from deepv3.config.validate import validate
+from deepv3.errors import EXIT_DONE, EXIT_RESTART, ConfigError, DeepV3Error
+
+EXIT_BUG = 1
+
+
+def main(run: Callable[[Config], object]) -> NoReturn:
+    """Entry of a launch script that works on a whole Config: ``run`` gets the validated one; ends the process."""
+    sys.exit(execute(run, sys.argv[1:]))
+
+
+def execute(run: Callable[[Config], object], argv: Sequence[str]) -> int:
+    """``main`` without the exit: returns the exit code. ``--help`` and ``--cfg job`` print and do nothing else."""
+    arguments = list(argv)
+    try:
+        if "--help" in arguments or "-h" in arguments:
+            print(usage())
+            return EXIT_DONE
+        if "--cfg" in arguments:
+            print(to_yaml(compose(_without_cfg(arguments))), end="")
+            return EXIT_DONE
+        cfg = compose(arguments)
+    except DeepV3Error as error:
+        return report(error, _likely_run_dir(arguments), identical=True)
+    try:
+        validate(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+    except DeepV3Error as error:
+        return report(error, Path(cfg.run_dir), identical=True)
+    return guarded(lambda: run(cfg), Path(cfg.run_dir))
+
+
+def guarded(work: Callable[[], object], run_dir: Path | None = None) -> int:
+    """Call ``work``; its end, good or bad, as an exit code, a message and ``run_dir/exit.json``."""
+    _forget_exit(run_dir)
+    try:
+        work()
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error, run_dir)
+    record_exit(run_dir, EXIT_DONE, "done")
+    return EXIT_DONE
+
+
+def report(error: BaseException, run_dir: Path | None, identical: bool = False) -> int:
+    """Tell the user, record the end, return the exit code. identical: every rank meets this error; rank 0 speaks."""
+    if isinstance(error, DeepV3Error):
+        code, reason = error.exit_code, str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        code, reason = EXIT_RESTART, "interrupted"
+    else:
+        code, reason = EXIT_BUG, f"{type(error).__name__}: {error}"
+    if identical:
+        if rank() != 0:
+            return code
+        _forget_exit(run_dir)
+    if record_exit(run_dir, code, reason):
+        if code == EXIT_BUG:
+            traceback.print_exception(error)
+        else:
+            _say(type(error).__name__, reason)
+    return code
+
+
+def record_exit(run_dir: Path | None, code: int, reason: str) -> bool:
+    """Write ``run_dir/exit.json`` (atomic). The first failure stays: it is the cause of those that follow it.
+
+    Returns whether this rank has something new to say: False where another rank failed before for the same reason.
+    step is the last one in metrics.jsonl, null where there is none.
+    """
+    if run_dir is None or (code == EXIT_DONE and rank() != 0):
+        return True
+    path = run_dir / "exit.json"
+    earlier = _read_json(path)
+    if earlier.get("code", EXIT_DONE) != EXIT_DONE:
+        return (earlier["code"], earlier["reason"]) != (code, reason)
+    row = {"code": code, "reason": reason, "rank": rank(), "step": _last_step(run_dir)}
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".exit.{rank()}.json")
+        temporary.write_text(json.dumps(row) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        _say("warning", f"{path} cannot be written: {error}")
+    return True
+
+
+def _forget_exit(run_dir: Path | None) -> None:
+    """Remove the previous attempt's end; rank 0 does it, before the other ranks have come far enough to fail."""
+    if run_dir and rank() == 0:
+        (run_dir / "exit.json").unlink(missing_ok=True)
+
+
+def usage() -> str:
+    """What --help prints: the forms of an argument, the presets with their first lines, the groups."""
+    files = groups()
+    presets = "\n".join(f"  +config={name:<14}{_headline(name)}" for name in files.pop(PRESET))
+    choices = "\n".join(f"  {group}={'|'.join(names)}" for group, names in files.items())
+    return (
+        "usage: [torchrun ...] launch/SCRIPT.py +config=NAME [group=FILE] [key=value] [--cfg job] [-m] [--help]\n\n"
+        f"presets (configs/config/):\n{presets}\n\nparts (configs/GROUP/):\n{choices}\n\n"
+        "  key=value   sets any field of docs/config.md, e.g. train.steps=100 run_dir=runs/mine\n"
+        "  --cfg job   prints the resolved config and stops\n"
+        "  -m          sweep (launch/pretrain.py): key=a,b runs each combination in a run folder of its own"
+    )
+
+
+def rank() -> int:
+    """This process's global rank, from torchrun's environment; 0 outside of it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _without_cfg(arguments: list[str]) -> list[str]:
+    at = arguments.index("--cfg")
+    if arguments[at + 1 : at + 2] != ["job"]:
+        raise ConfigError("--cfg takes one value: --cfg job")
+    return arguments[:at] + arguments[at + 2 :]
+
+
+def _likely_run_dir(arguments: Sequence[str]) -> Path | None:
+    """The run folder of a command line that does not compose: what it says of run_dir and its preset, if that holds."""
+    try:
+        return Path(compose([a for a in arguments if a.startswith(("run_dir=", f"+{PRESET}="))]).run_dir)
+    except ConfigError:
+        return None
+
+
+def _headline(preset: str) -> str:
+    lines = (CONFIG_DIR / PRESET / f"{preset}.yaml").read_text().splitlines()
+    return next(line.lstrip("# ") for line in lines if line.startswith("# ") and "@package" not in line)
+
+
+def _say(kind: str, message: str) -> None:
+    who = f"rank {rank()}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 and rank() else ""
+    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{red}{who}{kind}: {message}{plain}", file=sys.stderr, flush=True)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _last_step(run_dir: Path) -> int | None:
+    try:
+        rows = (run_dir / "metrics.jsonl").read_bytes().splitlines()
+        return json.loads(rows[-1])["step"]
+    except (OSError, ValueError, IndexError, KeyError):
+        return None

@@ -1,0 +1,211 @@
+"""Combinations that cannot work, refused before any work starts.
+
+Each check is an equation between two fields; its message prints both sides and the values that mend it. All problems
+are reported at once. Ranges and enumerations of single fields are tables (ranges.py) and come first, so that the
+equations may divide by what they are given.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from deepv3.config.ranges import range_problems
+from deepv3.config.schema import BatchRamp, Config, ModelConfig, RopeScaling, Segment
+from deepv3.errors import ConfigError
+
+FORMATS = ("auto", "text", "parquet", "jsonl", "arrow", "hub")  # of one source of documents
+
+
+def validate(cfg: Config, world_size: int, training: bool = True) -> None:
+    """Raise ConfigError listing every impossible combination.
+
+    world_size: ranks of the run. training: False for what reads a config without data or checkpoint (a plan on paper).
+    """
+    problems = list(range_problems(cfg))
+    if not problems:
+        problems += [*_model(cfg.model), *_rope(cfg), *_curves(cfg), *_grid(cfg, world_size), *_train(cfg)]
+        problems += [*_data(cfg), *_resume(cfg)] if training else []
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _indivisible(name: str, value: int, by: str, divisor: int, fix: str) -> str:
+    whole, rest = divmod(value, divisor)
+    return f"{name} = {value} is not divisible by {by} = {divisor} ({value} = {whole} x {divisor} + {rest}); {fix}"
+
+
+def _near_divisors(value: int, divisor: int) -> str:
+    """The divisors of ``value`` on either side of ``divisor``: 10, 4 -> '2 or 5'."""
+    divisors = [d for d in range(1, value + 1) if value % d == 0]
+    below = [d for d in divisors if d < divisor][-1:]
+    return " or ".join(str(d) for d in below + [d for d in divisors if d > divisor][:1])
+
+
+def _model(m: ModelConfig) -> Iterator[str]:
+    experts, group, per_token = m.n_routed_experts, m.n_group, m.num_experts_per_tok
+    if m.first_k_dense_replace > m.num_hidden_layers:
+        yield (
+            f"model.first_k_dense_replace = {m.first_k_dense_replace} exceeds model.num_hidden_layers = "
+            f"{m.num_hidden_layers}; set model.first_k_dense_replace={m.num_hidden_layers} or less"
+        )
+    if m.qk_rope_head_dim % 2:
+        yield (
+            f"model.qk_rope_head_dim = {m.qk_rope_head_dim} is odd, and rotary dimensions come in pairs; "
+            f"set model.qk_rope_head_dim={m.qk_rope_head_dim + 1}"
+        )
+    if m.topk_group > group:
+        yield f"model.topk_group = {m.topk_group} exceeds model.n_group = {group}; set model.topk_group={group} or less"
+    if experts % group:
+        fix = f"set model.n_group={_near_divisors(experts, group)}"
+        yield _indivisible("model.n_routed_experts", experts, "model.n_group", group, fix)
+        return
+    if group > 1 and experts // group < 2:
+        yield (
+            f"model.n_group = {group} leaves {experts // group} of model.n_routed_experts = {experts} per group, and a "
+            f"group's score is the sum of its two best; set model.n_group={experts // 2} or less, or 1"
+        )
+    capacity = min(m.topk_group, group) * (experts // group)
+    if per_token > capacity:
+        yield (
+            f"model.num_experts_per_tok = {per_token} exceeds the {capacity} experts a token may reach "
+            f"(model.topk_group = {m.topk_group} groups x {experts // group} experts); set "
+            f"model.num_experts_per_tok={capacity} or less, or raise model.topk_group or model.n_routed_experts"
+        )
+
+
+def _rope(cfg: Config) -> Iterator[str]:
+    reach, scaling = cfg.model.max_position_embeddings, cfg.model.rope_scaling
+    if cfg.data.seq_len > reach:
+        yield (
+            f"data.seq_len = {cfg.data.seq_len} is beyond the rope's reach model.max_position_embeddings = {reach}; "
+            f"set data.seq_len={reach} or less, or raise model.max_position_embeddings (with model.rope_scaling to "
+            f"extend a trained model)"
+        )
+    if scaling is not None:
+        yield from _yarn(scaling, reach)
+
+
+def _yarn(scaling: RopeScaling, reach: int) -> Iterator[str]:
+    limit = int(scaling.factor * scaling.original_max_position_embeddings)
+    product = (
+        f"factor x original_max_position_embeddings = {scaling.factor:g} x {scaling.original_max_position_embeddings}"
+    )
+    if reach > limit:
+        yield (
+            f"model.max_position_embeddings = {reach} exceeds model.rope_scaling's {product} = {limit}; set "
+            f"model.max_position_embeddings={limit} or raise model.rope_scaling.factor"
+        )
+    if scaling.beta_fast <= scaling.beta_slow:
+        yield (
+            f"model.rope_scaling.beta_fast = {scaling.beta_fast:g} is not above beta_slow = {scaling.beta_slow:g}; "
+            f"V3 has 32 and 1"
+        )
+    if scaling.mscale != scaling.mscale_all_dim:
+        yield (
+            f"model.rope_scaling.mscale = {scaling.mscale:g} differs from mscale_all_dim = {scaling.mscale_all_dim:g}, "
+            f"which readers of an export treat differently; set both to the same value"
+        )
+
+
+def _curves(cfg: Config) -> Iterator[str]:
+    for name in ("lr_schedule", "bias_update_schedule", "mtp_loss_schedule"):
+        segments: list[Segment] = getattr(cfg.optim, name)
+        for i, segment in enumerate(segments):
+            path = f"optim.{name}[{i}]"
+            if segment.shape not in ("constant", "linear", "cosine"):
+                yield f"{path}.shape = {segment.shape!r} is none of constant, linear, cosine"
+            elif segment.shape != "constant" and segment.to is None:
+                yield f"{path} is {segment.shape} but has no value to go to; set its `to`"
+            if not 0 < segment.tokens < float("inf"):
+                yield f"{path}.tokens = {segment.tokens:g} is no length; give a positive number of tokens"
+            if segment.to is not None and not 0 <= segment.to < float("inf"):
+                yield f"{path}.to = {segment.to:g} is not a finite value of 0 or more"
+
+
+def _grid(cfg: Config, world_size: int) -> Iterator[str]:
+    pp, ep, m = cfg.parallel.pp_size, cfg.parallel.ep_size, cfg.model
+    if pp > m.num_hidden_layers:
+        yield (
+            f"parallel.pp_size = {pp} exceeds model.num_hidden_layers = {m.num_hidden_layers}, and a stage needs a "
+            f"layer; set parallel.pp_size={m.num_hidden_layers} or less"
+        )
+    if m.n_routed_experts % ep:
+        fix = f"set parallel.ep_size={_near_divisors(m.n_routed_experts, ep)}"
+        yield _indivisible("model.n_routed_experts", m.n_routed_experts, "parallel.ep_size", ep, fix)
+    if world_size % pp:
+        fix = f"start a multiple of {pp} ranks or set parallel.pp_size={_near_divisors(world_size, pp)}"
+        yield _indivisible("the world size", world_size, "parallel.pp_size", pp, fix)
+        return
+    dp = world_size // pp
+    ranks = f"the data-parallel size (world size {world_size} / parallel.pp_size {pp})"
+    if dp % ep:
+        fix = f"start a multiple of {pp * ep} ranks or set parallel.ep_size={_near_divisors(dp, ep)}"
+        yield _indivisible(ranks, dp, "parallel.ep_size", ep, fix)
+    yield from _batches(cfg, dp)
+
+
+def _batches(cfg: Config, dp: int) -> Iterator[str]:
+    train = cfg.train
+    unit = train.micro_batch_size * dp
+    by = f"train.micro_batch_size x data-parallel size ({train.micro_batch_size} x {dp})"
+    named: dict[str, int] = {}
+    if train.global_batch_size is not None:
+        named["train.global_batch_size"] = train.global_batch_size
+    elif train.batch_ramp is not None:
+        named |= {f"train.batch_ramp's step of {size} sequences": size for size in ramp_sizes(train.batch_ramp)}
+    else:
+        yield "train.global_batch_size and train.batch_ramp are both null; set train.global_batch_size=N sequences"
+    if train.eval_every:
+        named["train.eval_sequences"] = train.eval_sequences
+    for name, size in named.items():
+        if size % unit:
+            multiples = f"{size // unit * unit} or {(size // unit + 1) * unit}" if size > unit else str(unit)
+            fix = f"take {multiples} sequences, or another train.micro_batch_size or number of ranks"
+            yield _indivisible(name, size, by, unit, fix)
+
+
+def ramp_sizes(ramp: BatchRamp) -> list[int]:
+    """Every batch size, in sequences, that a ramp passes through: start, start + increment, ..., end."""
+    return [*range(ramp.start, ramp.end, ramp.increment), ramp.end]
+
+
+def _train(cfg: Config) -> Iterator[str]:
+    train = cfg.train
+    if train.steps is None and train.tokens is None:
+        yield "train.steps and train.tokens are both null, so the run has no end; set one of them"
+    ramp = train.batch_ramp
+    if ramp is not None and ramp.end < ramp.start:
+        yield f"train.batch_ramp.end = {ramp.end} is below its start = {ramp.start}; a batch only grows"
+    if "verify" in train.finish and "export" not in train.finish[: train.finish.index("verify")]:
+        yield f"train.finish = {train.finish} verifies an export that does not exist; put export before verify"
+    if len(set(train.finish)) < len(train.finish):
+        yield f"train.finish = {train.finish} names a stage twice; name each once"
+
+
+def _resume(cfg: Config) -> Iterator[str]:
+    resume = cfg.train.resume
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        yield f"train.resume = {resume} is no folder; give auto, never or the path of a checkpoint"
+
+
+def _data(cfg: Config) -> Iterator[str]:
+    data, vocabulary = cfg.data, cfg.model.vocab_size
+    if not data.sources:
+        yield "data.sources is empty; give e.g. data.sources=[{path: /corpus}]"
+    for name in ("sources", "validation_sources"):
+        for i, source in enumerate(getattr(data, name)):
+            if not source.path:
+                yield f"data.{name}[{i}].path is empty; give a folder, file, glob or hub name"
+            if source.format not in FORMATS:
+                yield f"data.{name}[{i}].format = {source.format!r} is none of {', '.join(FORMATS)}"
+            if not 0 < source.weight < float("inf"):
+                yield f"data.{name}[{i}].weight = {source.weight:g} is not positive; leave the source out instead"
+    if data.tokenizer_vocab_size > vocabulary:
+        yield (
+            f"data.tokenizer_vocab_size = {data.tokenizer_vocab_size} exceeds model.vocab_size = {vocabulary}; lower "
+            f"it, or set model.vocab_size={data.tokenizer_vocab_size} or more"
+        )
+    if cfg.train.eval_every and not data.validation_fraction and not data.validation_sources:
+        yield (
+            f"train.eval_every = {cfg.train.eval_every} but data.validation_fraction = 0 and data.validation_sources "
+            f"is empty; give one of them, or train.eval_every=0"
+        )
