@@ -1,0 +1,206 @@
+"""The rank grid and everything that is the same for all ranks of a process: groups, device, seeds, determinism.
+
+    rank = pp_rank * DP + dp_rank        dp_rank = edp_rank * EP + ep_rank
+
+so the pipeline is outermost and the ranks that share one set of experts are consecutive. Every process group is a slice
+of the one array ``Grid.ranks[pp, edp, ep]``. For 8 ranks with pp_size 2 and ep_size 2, ``ranks`` is
+[[[0 1] [2 3]] [[4 5] [6 7]]]; rank 5 then has zero [4 5 6 7], ep [4 5], edp [5 7], pp_act and pp_grad [1 5].
+
+Groups are made when first asked for. Making one is collective, so all ranks ask for the same names in the same order.
+Host-side agreement (gathered objects, barriers) goes over a gloo group of its own and never waits for the device.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import random
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepv3.config.schema import Config
+from deepv3.errors import ConfigError
+
+# A device collective that takes this long has lost a peer; a host one may wait for rank 0 to tokenise a corpus.
+DEVICE_TIMEOUT = datetime.timedelta(minutes=30)
+HOST_TIMEOUT = datetime.timedelta(hours=12)
+
+GROUPS = ("world", "host", "pp_act", "pp_grad", "zero", "ep", "edp")
+
+
+class Grid:
+    """Where this rank stands, and the groups it belongs to.
+
+    world: all ranks; host: the same over gloo; pp_act, pp_grad: the ranks of one pipeline, two communicators because an
+    activation and a gradient may travel to the same peer in either order; zero: the data ranks of one stage, over which
+    dense optimizer state is sharded; ep: the ranks that share one set of experts; edp: the ranks that hold the same
+    experts, over which their optimizer state is sharded.
+    Raises ConfigError where world_size != pp_size x dp_size or ep_size does not divide dp_size.
+    """
+
+    def __init__(self, world_size: int, rank: int, pp_size: int = 1, ep_size: int = 1):
+        for name, size in (("pp_size", pp_size), ("ep_size", ep_size)):
+            if size < 1:
+                raise ConfigError(f"parallel.{name} = {size}: must be at least 1")
+        if world_size % pp_size:
+            raise ConfigError(
+                f"{world_size} ranks cannot form pipelines of parallel.pp_size = {pp_size}: {world_size} % {pp_size} = "
+                f"{world_size % pp_size}; start a multiple of {pp_size} ranks or change pp_size"
+            )
+        dp_size = world_size // pp_size
+        if dp_size % ep_size:
+            raise ConfigError(
+                f"parallel.ep_size = {ep_size} does not divide the {dp_size} data ranks of a stage "
+                f"({world_size} ranks / pp_size {pp_size}): {dp_size} % {ep_size} = {dp_size % ep_size}; change ep_size"
+            )
+        self.world_size, self.rank = world_size, rank
+        self.pp_size, self.ep_size, self.dp_size, self.edp_size = pp_size, ep_size, dp_size, dp_size // ep_size
+        self.ranks = np.arange(world_size).reshape(pp_size, self.edp_size, ep_size)
+        self.pp_rank, self.dp_rank = divmod(rank, dp_size)
+        self.edp_rank, self.ep_rank = divmod(self.dp_rank, ep_size)
+        self._groups: dict[str, dist.ProcessGroup] = {}
+
+    def __repr__(self) -> str:
+        return f"Grid(rank {self.rank} of {self.world_size}: pp {self.pp_size} x dp {self.dp_size}, ep {self.ep_size})"
+
+    @cached_property
+    def device(self) -> torch.device:
+        """This rank's device: the CUDA device of its local rank, else the CPU."""
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+    def slices(self, name: str) -> np.ndarray:
+        """All groups of one kind as [groups, members]; the rows are disjoint and cover the world."""
+        if name in ("world", "host"):
+            return self.ranks.reshape(1, -1)
+        if name in ("pp_act", "pp_grad"):
+            return self.ranks.reshape(self.pp_size, -1).T
+        if name == "zero":
+            return self.ranks.reshape(self.pp_size, -1)
+        if name == "ep":
+            return self.ranks.reshape(-1, self.ep_size)
+        assert name == "edp", name
+        return self.ranks.transpose(0, 2, 1).reshape(-1, self.edp_size)
+
+    def members(self, name: str) -> list[int]:
+        """Global ranks of this rank's group of that kind, ascending."""
+        rows = self.slices(name)
+        return rows[np.nonzero(rows == self.rank)[0][0]].tolist()
+
+    def group(self, name: str) -> dist.ProcessGroup:
+        """This rank's process group of that kind. Collective over the world at the first call for a name."""
+        if name not in self._groups:
+            self._groups[name] = self._make(name)
+        return self._groups[name]
+
+    def _make(self, name: str) -> dist.ProcessGroup:
+        if name not in ("host", "pp_grad"):  # these two exist to be communicators of their own
+            if len(self.members(name)) == self.world_size:
+                return dist.group.WORLD
+            if name == "edp" and self.ep_size == 1:
+                return self.group("zero")
+        backend, timeout = ("gloo", HOST_TIMEOUT) if name == "host" else (None, DEVICE_TIMEOUT)
+        mine = None
+        for row in self.slices(name).tolist():
+            made = dist.new_group(row, timeout=timeout, backend=backend)
+            if self.rank in row:
+                mine = made
+        return mine
+
+    # -- host-side agreement -----------------------------------------------------------------------------------------
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON value of every rank, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [json.loads(json.dumps(value))]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        group = self.group("host")
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([data.numel()], dtype=torch.int64), group=group)
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: data.numel()] = data
+        rows = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(rows, padded, group=group)
+        return [json.loads(row[: int(size)].numpy().tobytes()) for row, size in zip(rows, sizes)]
+
+    def barrier(self) -> None:
+        """Wait for every rank's host thread; the device is not involved."""
+        if self.world_size > 1:
+            dist.barrier(group=self.group("host"))
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """Sum of a device tensor over the data ranks of this stage, in place."""
+        if self.dp_size > 1:
+            dist.all_reduce(values, group=self.group("zero"))
+        return values
+
+
+# -- start and end of a process ----------------------------------------------------------------------------------------
+
+
+def init_distributed(cfg: Config) -> Grid:
+    """Join the other ranks (or none), choose the device, seed, and check that all ranks run the same config.
+
+    Reads torchrun's environment; without it the process is a world of one. gloo on the CPU, NCCL on CUDA.
+    Raises ConfigError for an impossible grid, more local ranks than devices, or ranks whose configs differ.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    grid = Grid(world_size, rank, cfg.parallel.pp_size, cfg.parallel.ep_size)
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
+    set_determinism(cfg.seed, cfg.train.deterministic)
+    options: dict[str, Any] = {"backend": "gloo"}
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local_rank} has no device: this node shows {torch.cuda.device_count()} CUDA devices; "
+                "start at most that many processes a node (--nproc_per_node)"
+            )
+        torch.cuda.set_device(local_rank)
+        options = {"backend": "nccl", "device_id": torch.device("cuda", local_rank)}
+    if not dist.is_initialized():
+        if world_size == 1:
+            options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(timeout=DEVICE_TIMEOUT, **options)
+    _require_same_config(cfg, grid)
+    return grid
+
+
+def shutdown() -> None:
+    """Leave the process groups; a later init_distributed starts anew."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_determinism(seed: int, deterministic: bool) -> None:
+    """Seed every generator with the run's seed (weights and data draw from keyed ones) and set torch's switches."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries read the global generator
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call imports the compiler: a second
+        torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a second pass over every buffer, for nothing
+    torch.backends.cudnn.deterministic = deterministic
+
+
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """{'model.hidden_size': 7168, 'data.sources.0.path': ...}: every leaf of nested dictionaries and lists."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    leaves = {k: v for key, below in inner for k, v in _leaves(below, f"{name}.{key}" if name else str(key)).items()}
+    return leaves or {name: value}
+
+
+def _require_same_config(cfg: Config, grid: Grid) -> None:
+    first, *others = (_leaves(theirs) for theirs in grid.gather(dataclasses.asdict(cfg)))
+    for rank, theirs in enumerate(others, start=1):
+        names = [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]
+        if names:
+            lines = [f"  {n}: {first.get(n)!r} on rank 0, {theirs.get(n)!r} on rank {rank}" for n in names]
+            raise ConfigError("ranks were started with different configs; start all alike:\n" + "\n".join(lines))
