@@ -3,8 +3,8 @@ after learning-rate decay).
 
     average = average + (1 - decay) * (master - average)        once per optimizer step, by each rank for its shards
 
-The step pays for one copy to the host, on a stream of its own; a thread folds it in while training goes on. The next step
-waits (on the device) for the copy, the next `update` (on the host) for the fold. Host memory: 8 bytes a master element.
+The step pays for one copy to the host, on a stream of its own; a thread folds it in while training goes on. The next
+step waits (on the device) for the copy, the next `update` (on the host) for the fold. Host memory: 8 bytes an element.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor

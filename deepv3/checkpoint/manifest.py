@@ -1,0 +1,131 @@
+"""What a checkpoint is: a folder of shards, and a manifest that names, places and proves every tensor in them.
+
+    step-00000123/manifest.json          JSON; carries the SHA-256 of its own content
+                  rank-00000.safetensors one per rank, see shards.py
+
+A parameter is not stored whole. Each rank writes the slices it owns of the flattened global tensor, so that any other
+layout can put the tensor together: kinds ``master`` (FP32), ``exp_avg`` and ``exp_avg_sq`` (storage format) and, if
+averaging is on, ``ema`` (FP32). Buffers (router biases) are written whole by one rank. Low-precision weights are not
+stored: they are the masters, rounded.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deepv3.errors import CheckpointError
+
+NAME = "manifest.json"
+FORMAT = "deepv3-checkpoint"
+VERSION = 1
+STATE = ("master", "exp_avg", "exp_avg_sq")
+SHARD = re.compile(r"rank-\d{5}\.safetensors")
+STEP = re.compile(r"step-(\d{8,})")
+
+
+@dataclass
+class Shard:
+    """One file. slices: (parameter, first, end) of each flat slice in it; buffers: names of those stored whole."""
+
+    name: str
+    size: int
+    sha256: str
+    slices: list[tuple[str, int, int]]
+    buffers: list[str]
+
+
+@dataclass
+class Manifest:
+    """All of a checkpoint but its tensors.
+
+    step: finished optimizer steps; kinds: what is stored of every parameter; shapes: global shapes of the parameters;
+    config: the run's, resolved; client: the training loop's own state, JSON; counters: the engine's; local: each rank's
+    own JSON state, by rank.
+    """
+
+    step: int
+    grid: dict[str, int]
+    kinds: list[str]
+    shapes: dict[str, list[int]]
+    shards: list[Shard]
+    config: dict[str, Any]
+    config_hash: str
+    counters: dict[str, int]
+    client: dict[str, Any]
+    local: list[Any] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The file's text."""
+        content = json.loads(json.dumps(asdict(self)))  # as it will be read: keys are strings, tuples lists
+        return json.dumps({"format": FORMAT, "version": VERSION, "sha256": _digest(content), "content": content})
+
+
+def key(kind: str, name: str, first: int) -> str:
+    """Key of a slice inside its shard."""
+    return f"{kind}/{name}/{first}"
+
+
+def folder_name(step: int) -> str:
+    """Name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint. Raises CheckpointError, naming file and reason, where it is missing or damaged."""
+    path = folder / NAME
+    try:
+        outer = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing, so {folder} is no complete checkpoint") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(outer, dict) or outer.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: is not a manifest of ours (format {FORMAT})")
+    if outer.get("version") != VERSION:
+        raise CheckpointError(f"{path}: version {outer.get('version')}, this program reads {VERSION}")
+    content = outer.get("content")
+    if not isinstance(content, dict) or outer.get("sha256") != _digest(content):
+        raise CheckpointError(f"{path}: content does not match its SHA-256; the file was damaged or edited")
+    try:
+        content["shards"] = [Shard(**shard) for shard in content["shards"]]
+        manifest = Manifest(**content)
+        _check(manifest)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: does not follow the format: {error}") from None
+    return manifest
+
+
+def missing_slices(manifest: Manifest) -> Iterable[str]:
+    """Every gap and overlap in the parameters' slices, in words; nothing for a sound manifest."""
+    spans: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest.shapes}
+    for shard in manifest.shards:
+        for name, first, end in shard.slices:
+            spans[name].append((first, end))
+    for name, shape in manifest.shapes.items():
+        at = 0
+        for first, end in sorted(spans[name]):
+            if first != at:
+                how = "twice" if first < at else "nowhere"
+                yield f"{name}: elements {min(at, first)} to {max(at, first)} are stored {how}"
+            at = max(at, end)
+        if at != math.prod(shape):
+            yield f"{name}: slices end at element {at}, the tensor has {math.prod(shape)}"
+
+
+def _check(manifest: Manifest) -> None:
+    """Names stay inside the folder and every parameter is whole. Raises ValueError."""
+    for shard in manifest.shards:
+        if not SHARD.fullmatch(shard.name):
+            raise ValueError(f"{shard.name!r} is no shard's name")
+    for problem in missing_slices(manifest):
+        raise ValueError(problem)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
