@@ -162,7 +162,9 @@ def init_distributed(cfg: Config) -> Grid:
                 "start at most that many processes a node (--nproc_per_node)"
             )
         torch.cuda.set_device(local_rank)
-        options = {"backend": "nccl", "device_id": torch.device("cuda", local_rank)}
+        options = {"backend": "nccl"}
+        if world_size > 1:  # connects at once; alone, no communicator is ever made
+            options["device_id"] = torch.device("cuda", local_rank)
     if not dist.is_initialized():
         if world_size == 1:
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,7 @@ class Manifest:
     """All of a checkpoint but its tensors.
 
     step: finished optimizer steps; kinds: what is stored of every parameter; shapes: global shapes of the parameters;
-    config: the run's, resolved; client: the training loop's own state, JSON; counters: the engine's; local: each rank's
-    own JSON state, by rank.
+    config: the run's, resolved; counters: the engine's; clients: the training loop's own state on each rank, JSON.
     """
 
     step: int
@@ -56,9 +55,8 @@ class Manifest:
     config: dict[str, Any]
     config_hash: str
     counters: dict[str, int]
-    client: dict[str, Any]
-    local: list[Any] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
+    clients: list[dict[str, Any]]
+    versions: dict[str, str]
 
     def to_json(self) -> str:
         """The file's text."""

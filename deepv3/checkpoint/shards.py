@@ -100,7 +100,10 @@ class Opened:
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
     def read(self, key: str, lo: int = 0, hi: int | None = None) -> Tensor:
-        """Elements [lo, hi) of a flat tensor, or the whole of any."""
+        """Elements [lo, hi) of a flat tensor, or the whole of any. Raises CheckpointError where they are not there."""
         if key not in self.keys:
             raise CheckpointError(f"{self.path}: has no tensor {key}")
-        return self._file.get_slice(key)[lo:hi] if hi is not None else self._file.get_tensor(key)
+        found = self._file.get_slice(key)[lo:hi] if hi is not None else self._file.get_tensor(key)
+        if hi is not None and found.shape != (hi - lo,):
+            raise CheckpointError(f"{self.path}: {key} has no elements {lo} to {hi}")
+        return found

@@ -7,6 +7,7 @@ Each act is agreed on: where one rank fails, all raise, and the hidden folder go
 Loading: slices are read by global name and range, so the layout that wrote them does not matter.
 """
 
+import math
 import platform
 import shutil
 from dataclasses import asdict
@@ -44,13 +45,12 @@ def save(
     grid: Grid,
     cfg: Config,
     client: dict[str, Any],
-    local: Any = None,
 ) -> Path:
     """Write and publish run_dir/checkpoints/step-<step>; collective. Returns its path.
 
-    client: the loop's state, rank 0's is kept; local: this rank's own; both JSON. Afterwards the newest
-    cfg.checkpoint.keep checkpoints are left. Raises ResourceError where the disk does not suffice, CheckpointError
-    where a rank cannot write; then nothing was published and the older checkpoints stand.
+    client: this rank's loop state, JSON. Afterwards the newest cfg.checkpoint.keep checkpoints are left. Raises
+    ResourceError where the disk does not suffice, CheckpointError where a rank cannot write; then nothing was published
+    and the older checkpoints stand.
     """
     final = Path(run_dir) / FOLDER / manifests.folder_name(step)
     if average is not None:
@@ -58,7 +58,7 @@ def save(
     tensors, slices, shapes = _collect(engine, average)
     buffers = persistent_buffers(model) if grid.dp_rank == 0 else {}
     tensors += [(f"buffer/{name}", buffer) for name, buffer in buffers.items()] + _generators()
-    part = {"slices": slices, "buffers": list(buffers), "shapes": shapes, "local": local}
+    part = {"slices": slices, "buffers": list(buffers), "shapes": shapes, "client": client}
     chief = grid.rank == 0
     hidden = Path(agree(grid, f"make a folder for {final}", lambda: str(publish.prepare(final)) if chief else None)[0])
     shard = hidden / f"rank-{grid.rank:05d}.safetensors"
@@ -66,7 +66,7 @@ def save(
         needed = sum(grid.gather(shards.size_of(tensors)))
         agree(grid, f"look at the disk of {final}", lambda: publish.require_space(hidden, needed) if chief else None)
         written = agree(grid, f"write {shard}", lambda: [*shards.write(shard, tensors), part])
-        content = _manifest(step, grid, cfg, client, engine.counters(), average is not None, written)
+        content = _manifest(step, grid, cfg, engine.counters(), average is not None, written)
         agree(grid, f"publish {final}", lambda: publish.publish(hidden, final, content) if chief else None)
     except BaseException:
         if chief:
@@ -104,9 +104,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
 
-def _manifest(
-    step: int, grid: Grid, cfg: Config, client: dict, counters: dict, averaged: bool, written: list
-) -> Manifest:
+def _manifest(step: int, grid: Grid, cfg: Config, counters: dict, averaged: bool, written: list) -> Manifest:
     """written: [size, sha256, part] of each rank, as `save` gathers them."""
     files = [
         Shard(f"rank-{rank:05d}.safetensors", size, digest, part["slices"], part["buffers"])
@@ -121,8 +119,7 @@ def _manifest(
         config=asdict(cfg),
         config_hash=config_hash(cfg),
         counters=counters,
-        client=client,
-        local=[part["local"] for *_, part in written],
+        clients=[part["client"] for *_, part in written],
         versions={"deepv3": deepv3.__version__, "torch": torch.__version__, "python": platform.python_version()},
     )
 
@@ -130,23 +127,32 @@ def _manifest(
 def load(path: Path, engine: Engine, model: nn.Module, average: WeightAverage | None, grid: Grid) -> dict[str, Any]:
     """Put a checkpoint's state into engine, model buffers and average, from any layout; collective. Returns `client`.
 
-    The weights are derived from the masters. Random generators are set where rank and world are those that saved. An
-    average that was not stored starts from the masters. Raises CheckpointError on all ranks, naming file and reason,
-    where anything is missing, damaged or of another shape.
+    The weights are derived from the masters; an average that was not stored starts from them. On the world size that
+    saved, each rank gets its own client and random generators back; on another, all get rank 0's client. Raises
+    CheckpointError on all ranks, naming file and reason, where anything is missing, damaged or of another shape.
     """
     path = Path(path)
     wrong = problems(path, grid)
     if wrong:
         raise CheckpointError("; ".join(wrong) + f". Give train.resume another checkpoint of {path.parent}")
     reader = Reader(path)
+    held = sum(grid.gather(sum(fragment.hi - fragment.lo for fragment in engine.fragments())))
+    stored = sum(math.prod(shape) for shape in reader.shapes.values())
     agree(grid, f"read {path}", lambda: _fill(reader, engine, model, average))
+    if held != stored:
+        surplus = reader.shapes.keys() - dict(model.named_parameters())
+        raise CheckpointError(
+            f"{path}: holds {stored} parameters, this model {held}; it has no {', '.join(sorted(surplus)[:5])}; "
+            "set the fields of `model` to the checkpoint's"
+        )
     engine.refresh_weights()
     engine.set_counters(**reader.manifest.counters)
     if average is not None and "ema" not in reader.manifest.kinds:
         average.reset()
     if reader.manifest.grid["world_size"] == grid.world_size:
         _restore_generators(reader, grid.rank)
-    return reader.manifest.client
+    clients = reader.manifest.clients
+    return clients[grid.rank] if len(clients) == grid.world_size else clients[0]
 
 
 @torch.no_grad()
