@@ -100,11 +100,13 @@ class Grid:
     def _make(self, name: str) -> dist.ProcessGroup:
         if name not in ("host", "pp_grad"):  # these two exist to be communicators of their own
             if len(self.members(name)) == self.world_size:
-                return dist.group.WORLD
+                world = dist.group.WORLD
+                assert world is not None, "init_distributed comes first"
+                return world
             if name == "edp" and self.ep_size == 1:
                 return self.group("zero")
         backend, timeout = ("gloo", HOST_TIMEOUT) if name == "host" else (None, DEVICE_TIMEOUT)
-        mine = None
+        mine: Any = None
         for row in self.slices(name).tolist():
             made = dist.new_group(row, timeout=timeout, backend=backend)
             if self.rank in row:
@@ -188,7 +190,8 @@ def set_determinism(seed: int, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call imports the compiler: a second
         torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a second pass over every buffer, for nothing
+    # Filling uninitialised memory would be a second pass over every buffer, for nothing.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = deterministic
 
 

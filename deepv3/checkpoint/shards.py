@@ -8,7 +8,7 @@ library's, which maps the file. Keys: ``<kind>/<global name>/<first element>`` f
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,7 +75,7 @@ def _header(tensors: list[tuple[str, Tensor]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _blocks(tensors: list[tuple[str, Tensor]], staging: Tensor | None):
+def _blocks(tensors: list[tuple[str, Tensor]], staging: Tensor | None) -> Iterator[bytes | memoryview]:
     yield _header(tensors)
     for _, tensor in tensors:
         for part in tensor.detach().reshape(-1).view(torch.uint8).split(BLOCK):
@@ -85,7 +85,7 @@ def _blocks(tensors: list[tuple[str, Tensor]], staging: Tensor | None):
                 host.copy_(part)
             else:
                 host = part
-            yield memoryview(host.numpy())
+            yield host.numpy().data
 
 
 class Opened:

@@ -171,12 +171,12 @@ def _fill(reader: Reader, engine: Engine, model: nn.Module, average: WeightAvera
         if average is not None and "ema" in reader.manifest.kinds:
             reader.read_flat("ema", fragment.name, fragment.lo, fragment.hi, average.view(fragment))
     for name, buffer in persistent_buffers(model).items():
-        stored = reader.buffer(name)
-        if stored.shape != buffer.shape:
+        value = reader.buffer(name)
+        if value.shape != buffer.shape:
             raise CheckpointError(
-                f"{reader.folder}: buffer {name} is {list(stored.shape)}, this model's is {list(buffer.shape)}"
+                f"{reader.folder}: buffer {name} is {list(value.shape)}, this model's is {list(buffer.shape)}"
             )
-        buffer.copy_(stored)
+        buffer.copy_(value)
 
 
 def _restore_generators(reader: Reader, rank: int) -> None:

@@ -14,7 +14,7 @@ ever copied. In FP32 the master *is* the rank's shard of the weights.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,11 +47,11 @@ class Piece:
     """A parameter in its group's buffer.
 
     shape: of the global tensor; base: where the local one starts in it, flattened (experts beyond the first EP rank);
-    offset: where it starts in the buffer. All in elements.
+    offset: where it starts in the buffer. All in elements. param: with `main_grad` and `grad_ready` after `allocate`.
     """
 
     name: str
-    param: nn.Parameter
+    param: Any
     shape: tuple[int, ...]
     base: int
     offset: int
