@@ -249,6 +249,14 @@ class Engine(DeepSpeedEngine):
         self.optimizer.applied.fill_(applied_steps)
         self.optimizer.skipped.fill_(skipped_steps)
 
+    def release(self) -> None:
+        """Give back gradients, masters and moments; the model keeps its weights and is plain again. No step follows."""
+        for group in self.flat_groups:
+            for piece in group.pieces:
+                del piece.param.main_grad, piece.param.grad_ready
+        self.flat_groups = []
+        self.optimizer = self.basic_optimizer = self.client_optimizer = None
+
 
 def build_engine(model: nn.Module, cfg: Config, grid: Grid) -> Engine:
     """The engine of a model whose parameters are final: their storage moves into flat buffers.

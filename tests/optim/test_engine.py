@@ -1,6 +1,8 @@
 """The engine against the same training written plainly, on 1, 2 and 4 ranks, and its guards."""
 
+import gc
 import os
+import weakref
 
 import deepspeed.runtime.bf16_optimizer
 import pytest
@@ -201,6 +203,18 @@ def test_bytes_per_parameter_are_what_the_module_says(precision, per_param):
     assert sum(storages.values()) == per_param * padded
     assert padded - sum(p.numel() for p in run.model.parameters()) < ALIGN * len(list(run.model.parameters()))
     ours.shutdown()
+
+
+def test_release_leaves_the_weights_alone_in_memory(run):
+    run.step(1)
+    weights, engine = run.weights(), run.engine
+    held = [weakref.ref(t) for g in engine.flat_groups for t in (g.grad, g.master, engine.optimizer.adamw)]
+    engine.release()
+    gc.collect()
+    assert all(ref() is None for ref in held)
+    assert same(weights, run.weights())
+    run.model(sample(1, 1, torch.bfloat16)).backward()
+    assert run.model.first.weight.grad is not None
 
 
 def test_groups_tell_matrices_gains_and_experts_apart(run):
