@@ -89,7 +89,13 @@ def _rope_scaling(yarn: RopeScaling | None) -> dict[str, Any] | None:
 
 
 def model_config(hf: dict[str, Any]) -> ModelConfig:
-    """Our architecture from a config.json that hf_config wrote; training-only fields keep their defaults."""
+    """Our architecture from a config.json that hf_config wrote; training-only fields keep their defaults.
+
+    Raises CheckpointError naming what it lacks.
+    """
+    lacking = sorted({*_SAME, "rope_scaling"} - hf.keys())
+    if lacking:
+        raise CheckpointError(f"config.json lacks {', '.join(lacking)}: not an export of ours, or damaged")
     values = {name: hf[name] for name in _SAME}
     yarn = hf["rope_scaling"]
     if yarn is not None:

@@ -133,8 +133,10 @@ def _unit_tensors(unit: shards.Unit, checkpoint: Source, cfg: ModelConfig, dtype
 
 
 def _progress_bar() -> Progress:
+    console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True)
+    disable = not console.is_terminal
+    return Progress(TextColumn("{task.description}"), *columns, console=console, transient=True, disable=disable)
 
 
 def _write_card(folder: Path, title: str, checkpoint: Source, dtype: str) -> None:

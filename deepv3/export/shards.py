@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deepv3.export.files import write_json
 from deepv3.export.table import Entry
 
 SINGLE = "model.safetensors"
@@ -117,5 +118,4 @@ def write_index(folder: Path, shards: list[tuple[str, list[Unit]]]) -> None:
         return
     weight_map = {name: file for file, units in shards for unit in units for name in unit.tensors}
     total = sum(unit.nbytes for _, units in shards for unit in units)
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deepv3.checkpoint.shards import sync_folder
 from deepv3.errors import CheckpointError, ConfigError, ResourceError
 from deepv3.export.files import MARKER, read_json
 
@@ -39,7 +40,7 @@ def staged(output: Path, nbytes: int) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         yield folder
-        _sync_folder(folder)
+        sync_folder(folder)
         _publish(folder, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -47,7 +48,7 @@ def staged(output: Path, nbytes: int) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _lock_path(output).unlink()
+        _lock_path(output).unlink(missing_ok=True)
         os.close(lock)
 
 
@@ -114,7 +115,7 @@ def _publish(folder: Path, output: Path) -> None:
             os.rename(output, aside)
             os.rename(folder, output)
             shutil.rmtree(aside)
-    _sync_folder(output.parent)
+    sync_folder(output.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -123,11 +124,3 @@ def _exchange(a: Path, b: Path) -> bool:
     if renameat2 is None:
         return False
     return renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

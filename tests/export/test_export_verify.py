@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from small_run import SMALL
 
 from deepv3.config.schema import RopeScaling
-from deepv3.errors import CheckpointError
+from deepv3.errors import CheckpointError, ResourceError
 from deepv3.export.hf import export
 from deepv3.export.load import load_export
 from deepv3.export.ties import choice_margin
@@ -224,3 +224,15 @@ def test_choice_margin_is_the_distance_to_another_choice():
     assert choice_margin(scores, cfg).item() == pytest.approx(0.01, abs=1e-6)
     scores = torch.tensor([[0.9, 0.8, 0.5, 0.48, 0.1, 0.1, 0.1, 0.1]])  # the cut between the third and fourth expert
     assert choice_margin(scores, cfg).item() == pytest.approx(0.02, abs=1e-6)
+
+
+def test_a_model_that_the_host_cannot_hold_is_refused_before_loading(make_run, tmp_path, monkeypatch):
+    folder = export(make_run().dir, tmp_path / "hf")
+    monkeypatch.setattr("deepv3.export.verify.MEMORY", 1e9)
+    with pytest.raises(ResourceError, match="parameters in FP32, which takes .* GiB available"):
+        verify(folder)
+
+
+def test_an_export_whose_checkpoint_is_gone_is_compared_with_its_own_values(make_run, tmp_path):
+    figures = verify(export(make_run().dir, tmp_path / "hf"))
+    assert figures["logits_relative_difference"] <= 1e-5 and "mtp_logits_max_difference" not in figures
