@@ -255,7 +255,7 @@ class Engine(DeepSpeedEngine):
             for piece in group.pieces:
                 del piece.param.main_grad, piece.param.grad_ready
         self.flat_groups = []
-        self.optimizer = self.basic_optimizer = self.client_optimizer = None
+        del self.optimizer, self.basic_optimizer, self.client_optimizer
 
 
 def build_engine(model: nn.Module, cfg: Config, grid: Grid) -> Engine:
