@@ -35,7 +35,7 @@ def cut(form: str, files: list[tuple[str, int]], field: str) -> tuple[list[Piece
             for start, stop, weight in cutter(path, size, field, target):
                 pieces.append(Piece(form, i, (path,), start, stop, weight))
         except (Unreadable, OSError, EOFError, pa.ArrowException) as error:
-            damaged.append((path, " ".join(str(error).split())[:300]))
+            damaged.append((path, " ".join(str(error).split())[:300] or type(error).__name__))
     return pieces, damaged
 
 
@@ -84,6 +84,8 @@ def _probe_lines(path: str, field: str) -> None:
 def _cut_parquet(path: str, size: int, field: str, target: int) -> Iterator[tuple[int, int, int]]:
     with pq.ParquetFile(path) as file:
         _check_column(file.schema_arrow, field)
+        if not file.metadata.num_rows:
+            return
         weights = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
     first = held = 0
     for group, weight in enumerate(weights):

@@ -4,6 +4,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class Prefetch:
             thread = threading.Thread(target=_fill, args=(items, made, stop, device), name="data", daemon=True)
             thread.start()
             self._items = iter(made.get, None)
-            self.close = weakref.finalize(self, _stop, thread, stop)
+            self.close = weakref.finalize(self, _stop, thread, stop, made)
 
     def __iter__(self) -> "Prefetch":
         return self
@@ -59,7 +60,10 @@ def _fill(items: Iterator, made: queue.Queue, stop: threading.Event, device: tor
             return
 
 
-def _stop(thread: threading.Thread, stop: threading.Event) -> None:
+def _stop(thread: threading.Thread, stop: threading.Event, made: queue.Queue) -> None:
     stop.set()
+    with suppress(queue.Empty):  # lets a thread go that waits for room
+        while True:
+            made.get_nowait()
     if thread is not threading.current_thread():  # dropped by a collection that happened to run in there
         thread.join()

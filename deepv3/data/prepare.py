@@ -91,14 +91,6 @@ def prepare(cfg: Config, say: Say = say_to_stderr) -> Prepared:
     return prepared
 
 
-def load_tokenizer(cfg: Config, run_dir: Path | None = None) -> Tokenizer:
-    """The run's tokenizer: its own copy under ``run_dir`` (else cfg.run_dir) if it is there, else as for training."""
-    folder = (run_dir or Path(cfg.run_dir)) / "tokenizer"
-    if (folder / "tokenizer_config.json").is_file():
-        return tokenizers.read_tokenizer(folder)
-    return _tokenizer(cfg, _open(cfg, cfg.data.sources, "sources"), say_to_stderr)
-
-
 def _open(cfg: Config, configs: list[SourceConfig], name: str) -> list[Source]:
     cache, stop = Path(cfg.data.cache_dir), cfg.data.bad_documents == "stop"
     if name == "sources" and not configs:
@@ -151,7 +143,7 @@ def _tokenise(cfg: Config, source: Source, tokenizer: Tokenizer, rules: Rules, w
     job = Job(source, str(work / "tokenizer"), rules, str(work), cache, stop)
     everything = range(len(source.pieces))
     missing = [piece for piece in everything if not summary_file(work, piece).is_file()]
-    processes = cfg.data.num_proc or min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+    processes = cfg.data.num_proc or min(MOST_PROCESSES, _cores())
     done = len(everything) - len(missing)
     resumed = f", {done} of them done before" if done else ""
     say(f"tokenising {source.config.path}: {source.bytes / 1e6:,.1f} MB in {len(everything)} pieces{resumed}")
@@ -160,6 +152,11 @@ def _tokenise(cfg: Config, source: Source, tokenizer: Tokenizer, rules: Rules, w
         for piece, counts in tokenise(job, missing, processes):
             bar.add(source.pieces[piece].bytes, sum(counts["tokens"].values()), counts["bad"])
     write_json(work / SUMMARY, _sum_up(source, work))
+
+
+def _cores() -> int:
+    """Cores this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _sum_up(source: Source, work: Path) -> Summary:
@@ -211,12 +208,12 @@ def _describe(ready: Ready) -> list[str]:
         return [f"{where}: a stream, tokenised while training"]
     counts = ready.counts
     parts = [
-        f"{counts['documents'][part]:,} documents {counts['tokens'][part]:,} tokens {name}"
+        f"{counts['documents'][part]:,} documents, {counts['tokens'][part]:,} tokens {name}"
         for part, name in ((TRAIN, "to train on"), (VALIDATION, "held out"))
         if counts["documents"][part]
     ]
-    left_out = f"left out {counts['empty']:,} empty and {counts['bad']:,} bad"
-    lines = [f"{where}: {', '.join(parts)}; {counts['fim']:,} FIM; {left_out}; in {ready.folder}"]
+    rest = f"{counts['fim']:,} rewritten for FIM, {counts['empty']:,} empty and {counts['bad']:,} bad left out"
+    lines = [where, f"  {'; '.join(parts)}; {rest}", f"  in {ready.folder}"]
     lines += [f"  bad document {name}: {reason}" for name, reason in counts["bad_documents"][:5]]
     if counts["bad"] > 5:
         lines.append(f"  and {counts['bad'] - 5:,} more bad documents, named in {ready.folder / SUMMARY}")

@@ -9,6 +9,7 @@ hang (held out or not, FIM or not), and a name that a person can find it by. Wha
 with ``error`` set and no text. Line endings and everything else in a text stay as they are; a byte order mark goes.
 """
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def open_lines(path: str) -> IO[bytes]:
     """A jsonl file for reading; .gz, .bz2, .zst and .lz4 are expanded on the way."""
     if Path(path).suffix in (".jsonl", ".json", ".ndjson"):
         return open(path, "rb")
-    return pa.input_stream(path, compression="detect")
+    return io.BufferedReader(pa.input_stream(path, compression="detect"), 1 << 20)
 
 
 def read_jsonl(piece: Piece, field: str) -> Iterator[Document]:

@@ -44,8 +44,12 @@ SMALLEST = len(SPECIAL) + 256
 
 DIGITS = r"\p{N}{1,3}"
 # A word with one sign or space in front of it; signs with the line breaks after them; line breaks with the blanks
-# before them; blanks up to the last one, which belongs to the next word; blanks.
-WORDS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# before them; blanks up to the last one, which belongs to the next word; blanks; anything else but digits. At most 128
+# characters each: training takes merges x longest word, hours for one line of some MB without a blank.
+WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]{1,128}| ?[\p{P}\p{S}]{1,128}[\r\n]{0,128}"
+    r"|\s{0,128}[\r\n]{1,128}|\s{1,128}(?!\S)|\s{1,128}|[^\p{N}]"
+)
 
 SEGMENT = 1 << 18  # characters encoded at once: an encoding takes about 100 bytes a token while it is made
 

@@ -1,14 +1,16 @@
 """Seeded text, and the config of a run on it."""
 
 import random
+import re
 from pathlib import Path
 
 from deepv3.config.schema import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
 
-WORDS = (
+VOCABULARY = (
     "the of and expert token router latent balance weight gradient layer bias schedule stage group héllo 数据 123 "
     "45678 def return class import self None for while 🙂 naïve x = y + 1 ( ) [ ] { } : . , ! # \t"
-).split(" ")
+)
+WORDS = VOCABULARY.split(" ")
 
 
 def make_text(number: int, words: int = 120) -> str:
@@ -16,6 +18,11 @@ def make_text(number: int, words: int = 120) -> str:
     rng = random.Random(number)
     parts = [rng.choice(WORDS) + rng.choice([" ", " ", "\n", "\n    ", "  "]) for _ in range(rng.randint(5, words))]
     return f"document {number}\n" + "".join(parts)
+
+
+def titles(text: str) -> set[str]:
+    """The documents whose first line is in ``text``."""
+    return set(re.findall(r"document \d+\n", text))
 
 
 def write_corpus(folder: Path, count: int, words: int = 120) -> Path:

@@ -8,11 +8,22 @@ import pytest
 from small_corpus import make_text
 
 from deepv3.data import tokenizer as module
-from deepv3.data.prepare import keep_tokenizer, load_tokenizer, prepare
+from deepv3.data.prepare import keep_tokenizer, prepare
 from deepv3.data.tokenizer import EOS, FIM, PAD, SPECIAL, obtain, read_tokenizer, save_tokenizer, train
 from deepv3.errors import ConfigError, DataError
 
-HARD = ["", " ", "\n", "a" * 1000, "1234567", "x  \n\n  y\r\n\tz", "naïve 数据 🙂 \u200b\ufeff", "\x00\x01", "e\u0301", EOS]
+HARD = [
+    "",
+    " ",
+    "\n",
+    "a" * 1000,
+    "1234567",
+    "x  \n\n  y\r\n\tz",
+    "naïve 数据 🙂 \u200b\ufeff",
+    "\x00\x01",
+    "e\u0301",
+    EOS,
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +58,14 @@ def test_digits_come_in_groups_of_up_to_three():
 def test_a_sign_and_the_line_break_after_it_may_become_one_token():
     made = train(iter(["def f():\n    return x\n" * 300]), 300)
     assert "():\n" in {made.decode([i]) for i in made.encode("def f():\n    return")}
+
+
+def test_no_text_makes_a_long_word(tokenizer):
+    """Training takes merges x longest word: one line of megabytes without a blank would take hours."""
+    for run in ("a", "-", " ", "\n", "7", "\x01", "\u0301", " \n", "a\x01", "\u200b"):
+        words = tokenizer.backend.pre_tokenizer.pre_tokenize_str(run * 3000)
+        assert max(stop - start for _, (start, stop) in words) <= 260
+        assert "".join(word for word, _ in words)
 
 
 def test_training_twice_gives_the_same_tokenizer(tokenizer):
@@ -149,7 +168,8 @@ def test_a_run_keeps_its_tokenizer_when_its_files_change(tmp_path, configure, si
     keep_tokenizer(cfg, first.tokenizer)
     (tmp_path / "texts" / "new.txt").write_text("zzz qqq " * 4000, encoding="utf-8")
     again = prepare(cfg, silent)
-    assert again.tokenizer.digest == first.tokenizer.digest == load_tokenizer(cfg).digest
+    assert again.tokenizer.digest == first.tokenizer.digest
+    assert read_tokenizer(tmp_path / "run" / "tokenizer").digest == first.tokenizer.digest
     assert again.train[0].folder != first.train[0].folder
     other = configure(path=tmp_path / "texts", validation_fraction=0.3, vocab_size=350)  # another run in this folder
     assert prepare(other, silent).tokenizer.size == 350
