@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +94,7 @@ def _lock(path: Path, done: Callable[[], bool], say: Callable[[str], None]) -> I
 @contextmanager
 def published(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears under its name when it is complete and on disk, and not at all if the block raises."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         with open(temporary, "wb") as file:
             yield file

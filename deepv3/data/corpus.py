@@ -15,7 +15,7 @@ import datasets
 
 from deepv3.config.schema import SourceConfig
 from deepv3.data import files, pieces
-from deepv3.data.reading import Document, Piece, document, stream
+from deepv3.data.reading import MAX_FILES, Document, Piece, document, stream
 from deepv3.errors import DataError
 
 
@@ -64,6 +64,11 @@ def open_source(config: SourceConfig, label: str, cache_dir: Path, stop_at_damag
 
 
 def _open_local(found: files.Found, config: SourceConfig, label: str, stop_at_damage: bool) -> Source:
+    if len(found.paths) > MAX_FILES:
+        raise DataError(
+            f"{label}.path={config.path} holds {len(found.paths):,} files, more than {MAX_FILES:,}; pack the documents "
+            "into parquet or jsonl files"
+        )
     stats, missing = [], []
     for path in found.paths:
         try:

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.io.generator import GeneratorDatasetInputStream
 
-PLACE_BITS = 40  # of a document number: places in a file; 2^23 files remain
+PLACE_BITS = 40  # of a document number: places in a file
+MAX_FILES = 1 << (63 - PLACE_BITS)  # of one source
 MAX_DOCUMENT_BYTES = 1 << 30  # larger ones are named as bad: a text is held in memory whole
 READ_ROWS = 512  # decoded at a time from parquet and arrow
 

@@ -11,6 +11,7 @@ torch nor the training script, and they end when their stdin closes, so a killed
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import traceback
@@ -241,6 +242,7 @@ def serve() -> None:
     """The child's side: a pickled job, then piece numbers, one a line, until stdin closes."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too and ends its workers
     requests = sys.stdin.buffer
     job = pickle.load(requests)
     for line in requests:

@@ -295,6 +295,13 @@ def test_a_folder_of_several_formats_asks_which(tmp_path, cache):
     assert len(read(tmp_path, cache, format="parquet")) == 60
 
 
+def test_more_files_than_documents_can_be_numbered_are_refused(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr("deepv3.data.corpus.MAX_FILES", 2)
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text("x")
+    refuse(tmp_path, cache, "holds 3 files, more than 2; pack the documents into parquet")
+
+
 def test_a_dangling_link_is_a_bad_file_not_a_crash(tmp_path, cache):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.txt").symlink_to(tmp_path / "nowhere")
