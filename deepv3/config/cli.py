@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from deepv3.config.compose import CONFIG_DIR, PRESET, compose, groups, to_yaml
+from deepv3.config.compose import PRESET, compose, groups, headline, to_yaml
 from deepv3.config.schema import Config
 from deepv3.config.validate import validate
 from deepv3.errors import EXIT_DONE, EXIT_RESTART, ConfigError, DeepV3Error
@@ -109,7 +109,7 @@ def _forget_exit(run_dir: Path | None) -> None:
 def usage() -> str:
     """What --help prints: the forms of an argument, the presets with their first lines, the groups."""
     files = groups()
-    presets = "\n".join(f"  +config={name:<14}{_headline(name)}" for name in files.pop(PRESET))
+    presets = "\n".join(f"  +config={name:<14}{headline(name)}" for name in files.pop(PRESET))
     choices = "\n".join(f"  {group}={'|'.join(names)}" for group, names in files.items())
     return (
         "usage: [torchrun ...] launch/SCRIPT.py +config=NAME [group=FILE] [key=value] [--cfg job] [-m] [--help]\n\n"
@@ -138,11 +138,6 @@ def _likely_run_dir(arguments: Sequence[str]) -> Path | None:
         return Path(compose([a for a in arguments if a.startswith(("run_dir=", f"+{PRESET}="))]).run_dir)
     except ConfigError:
         return None
-
-
-def _headline(preset: str) -> str:
-    lines = (CONFIG_DIR / PRESET / f"{preset}.yaml").read_text().splitlines()
-    return next(line.lstrip("# ") for line in lines if line.startswith("# ") and "@package" not in line)
 
 
 def _say(kind: str, message: str) -> None:

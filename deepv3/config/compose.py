@@ -75,6 +75,12 @@ def groups(config_dir: Path = CONFIG_DIR) -> dict[str, list[str]]:
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
+def headline(preset: str) -> str:
+    """What a preset is: the first line of its file's comment."""
+    lines = (CONFIG_DIR / PRESET / f"{preset}.yaml").read_text(encoding="utf-8").splitlines()
+    return next(line.lstrip("# ") for line in lines if line.startswith("# ") and "@package" not in line)
+
+
 def is_choice(override: Override, config_dir: Path) -> bool:
     """Whether the override picks a file: ``+config=NAME`` or ``GROUP=FILE``. Raises ConfigError where there is none."""
     known, group = groups(config_dir), override.key_or_group
