@@ -29,6 +29,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dstream: Tensor | None = None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         summed, rstd = ctx.saved_tensors
+        dstream = None if dstream is None else dstream.contiguous()
         dx, dweight = kernels.rmsnorm_backward(dy.contiguous(), summed, ctx.weight, rstd, dstream)
         dweight = deliver_value(ctx.weight, dweight) if ctx.needs_input_grad[2] else None
         return dx, dx if ctx.has_residual else None, dweight, None, None

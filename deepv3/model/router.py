@@ -96,20 +96,26 @@ class Router(nn.Module):
         return Routing(indices, weights, balance, *kernels.routing_tables(indices, self.cfg.n_routed_experts))
 
     @torch.no_grad()
-    def update_bias(self, counts: Tensor, speed: float) -> None:
-        """b_i += speed * sign(mean(c) - c_i) (V3 2.1.2), once per optimizer step. counts: [E], of the global batch."""
+    def update_bias(self, counts: Tensor, speed: float | Tensor) -> None:
+        """b_i += speed * sign(mean(c) - c_i) (V3 2.1.2), once per optimizer step.
+
+        counts: [E], of the global batch. speed: a number, or a 0-dim tensor on the same device (no synchronisation).
+        """
         counts = counts.to(torch.float64)
-        self.e_score_correction_bias.add_(torch.sign(counts.mean() - counts), alpha=speed)
+        self.e_score_correction_bias.add_(torch.sign(counts.mean() - counts) * speed)
 
 
 @torch.no_grad()
-def statistics(routings: Sequence[Routing], cfg: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+def statistics(
+    routings: Sequence[Routing], cfg: ModelConfig, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Figures of all layers at once, as sums over tokens: counts [n, E] int32, entropy [n] and fanout [n] FP32.
 
     entropy: of a token's K gates, nats, ln K when they are equal. fanout: distinct expert groups (nodes) of a token.
     """
     if not routings:
-        return torch.zeros(0, cfg.n_routed_experts, dtype=torch.int32), torch.zeros(0), torch.zeros(0)
+        counts = torch.zeros(0, cfg.n_routed_experts, dtype=torch.int32, device=device)
+        return counts, counts.sum(1, dtype=torch.float32), counts.sum(1, dtype=torch.float32)
     gates = torch.stack([routing.weights for routing in routings]).float() / cfg.routed_scaling_factor
     groups = torch.stack([routing.indices for routing in routings]) // (cfg.n_routed_experts // cfg.n_group)
     reached = gates.new_zeros(*gates.shape[:2], cfg.n_group).scatter_(2, groups.long(), 1.0)

@@ -92,7 +92,7 @@ class Transformer(nn.Module):
         else:
             balance = torch.zeros_like(loss_main)
         parts = (loss_main * loss_scale, loss_mtp * loss_scale, balance.detach())
-        return Output(terms + balance, *parts, *statistics(routings, self.cfg))
+        return Output(terms + balance, *parts, *statistics(routings, self.cfg, tokens.device))
 
     def trunk(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Routing]]:
         """Main model up to its final norm. tokens: [B, S]. Returns hidden [B * S, D] and the MoE layers' routings."""
@@ -132,7 +132,7 @@ class Transformer(nn.Module):
         blocks = [*self.layers, *(module.block for module in self.mtp)]
         return [block.mlp.gate for block in blocks if isinstance(block.mlp, MoE)]
 
-    def update_biases(self, counts: Tensor, speed: float) -> None:
+    def update_biases(self, counts: Tensor, speed: float | Tensor) -> None:
         """Router biases after an optimizer step (V3 2.1.2). counts: [n_moe, E], summed over the global batch."""
         for router, row in zip(self.routers(), counts, strict=True):
             router.update_bias(row, speed)
