@@ -12,6 +12,7 @@ from typing import Any
 
 from deepv3.kernels.reference import activation as _activation
 from deepv3.kernels.reference import adamw as _adamw
+from deepv3.kernels.reference import balance as _balance
 from deepv3.kernels.reference import embedding as _embedding
 from deepv3.kernels.reference import gemm as _gemm
 from deepv3.kernels.reference import loss as _loss
@@ -72,8 +73,8 @@ assemble_key = _by_device(_rope.assemble_key)
 assemble_key_backward = _by_device(_rope.assemble_key_backward)
 router_topk = _by_device(_router.router_topk)
 router_topk_backward = _by_device(_router.router_topk_backward)
-balance_loss = _by_device(_router.balance_loss)
-balance_loss_backward = _by_device(_router.balance_loss_backward)
+balance_loss = _by_device(_balance.balance_loss)
+balance_loss_backward = _by_device(_balance.balance_loss_backward)
 routing_tables = _by_device(_routing.routing_tables)
 permute = _by_device(_routing.permute)
 unpermute = _by_device(_routing.unpermute)

@@ -1,0 +1,61 @@
+"""What every launcher checks before it launches, and the few figures of the device a launch needs.
+
+A check costs about a microsecond; a wrong stride read by a kernel costs a silent wrong answer or an illegal address.
+"""
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+ACTIVATIONS = (torch.bfloat16, torch.float32)
+FP32 = (torch.float32,)
+INT32 = (torch.int32,)
+
+
+def check(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+    contiguous: bool = True,
+) -> None:
+    """Raise ValueError (shape, strides, device) or TypeError (format), naming what was given and what is needed.
+
+    shape: None takes any size. contiguous=False asks for unit stride in the last dimension only.
+    """
+    if tensor.dim() != len(shape) or any(want not in (None, size) for size, want in zip(tensor.shape, shape)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, needed [{wanted}]")
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} is {tensor.dtype}, needed {wanted}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, the first argument on {device}: move one of them")
+    if contiguous:
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}, needed contiguous: call .contiguous() on it")
+    elif tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} has strides {tensor.stride()}, needed 1 in the last dimension: call .contiguous() on it"
+        )
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of the device; 4 in the interpreter, which has none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def block(width: int, largest: int) -> int:
+    """Columns one program takes of a row: a power of two of at most `largest`.
+
+    1. The largest power of two dividing the width, if it reaches 256: no lane idles (7168 -> 1024, 2048 -> 2048).
+    2. Else the width rounded up to a power of two, with the rest masked.
+    """
+    divisor = width & -width
+    if divisor >= 256:
+        return min(divisor, largest)
+    return min(triton.next_power_of_2(width), largest)

@@ -1,0 +1,209 @@
+"""Router: choice of experts, their gates, and the gates' backward. Triton kernels, one warp a program.
+
+Scores are compared as integers that order like the floats (`_ordered`), so a maximum over a warp is one instruction,
+ties go to the smaller index by a second one, and NaN has a place (largest) instead of poisoning the choice.
+Experts lie in registers as [tokens, groups, experts per group], padded to powers of two; the order is the experts' own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deepv3.kernels.checks import FP32, INT32, check
+
+LOWEST = tl.constexpr(-(2**31))  # below `_ordered` of every float, -inf included
+TINY = tl.constexpr(1e-20)
+ELEMENTS = 256  # scores one warp holds: 8 a lane
+
+
+@triton.jit
+def _ordered(x):
+    """int32 that compares as the FP32 does: negative floats have their magnitude bits turned over."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # + 0.0 makes -0 into +0, which equals it
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _first_largest(keys, positions):
+    """(largest key, smallest position that has it) along the last axis."""
+    best = tl.max(keys, axis=-1, keep_dims=True)
+    return best, tl.min(tl.where(keys == best, positions, 0x7FFFFFFF), axis=-1, keep_dims=True)
+
+
+@triton.jit
+def _keep_groups(choice, keys, GROUPS_KEPT: tl.constexpr):
+    """Lower every key outside the GROUPS_KEPT groups whose two best choices have the largest sums.
+
+    choice: [tokens, groups, size] FP32, -inf in padding; keys: `_ordered(choice)`, LOWEST in padding.
+    """
+    TOKENS: tl.constexpr = keys.shape[0]
+    GROUPS: tl.constexpr = keys.shape[1]
+    SIZE: tl.constexpr = keys.shape[2]
+    within = tl.broadcast_to(tl.arange(0, SIZE)[None, None, :], (TOKENS, GROUPS, SIZE))
+    _, first = _first_largest(keys, within)
+    score = tl.max(choice, axis=2)
+    if SIZE > 1:
+        score += tl.max(tl.where(within == first, float("-inf"), choice), axis=2)
+    group_keys = _ordered(score)
+    groups = tl.broadcast_to(tl.arange(0, GROUPS)[None, :], (TOKENS, GROUPS))
+    kept = tl.zeros((TOKENS, GROUPS), dtype=tl.int32)
+    for _ in tl.static_range(GROUPS_KEPT):
+        _, chosen = _first_largest(group_keys, groups)
+        kept = tl.where(groups == chosen, 1, kept)
+        group_keys = tl.where(groups == chosen, LOWEST, group_keys)
+    return tl.where(kept[:, :, None] != 0, keys, LOWEST)
+
+
+@triton.jit
+def _router_topk_kernel(
+    logits_ptr,
+    bias_ptr,
+    indices_ptr,
+    weights_ptr,
+    n_tokens,
+    n_experts,
+    n_group,
+    group_size,
+    scale,
+    TOP_K: tl.constexpr,
+    GROUPS_KEPT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    groups = tl.arange(0, GROUPS)[None, :, None]
+    within = tl.arange(0, SIZE)[None, None, :]
+    real = (groups < n_group) & (within < group_size)
+    experts = groups * group_size + within
+    mask = (tokens < n_tokens)[:, None, None] & real
+    row = tokens.to(tl.int64) * n_experts
+    logits = tl.load(logits_ptr + row[:, None, None] + experts, mask=mask, other=0.0)
+    bias = tl.load(bias_ptr + experts, mask=real, other=0.0)
+    choice = tl.where(mask, tl.sigmoid(logits) + bias, float("-inf"))
+    keys = tl.where(mask, _ordered(choice), LOWEST)
+    if GROUPS_KEPT > 0:
+        keys = _keep_groups(choice, keys, GROUPS_KEPT)
+
+    keys = tl.reshape(keys, (TOKENS, GROUPS * SIZE))
+    positions = tl.broadcast_to(tl.arange(0, GROUPS * SIZE)[None, :], (TOKENS, GROUPS * SIZE))
+    cols = tl.arange(0, COLS)[None, :]
+    chosen = tl.zeros((TOKENS, COLS), dtype=tl.int32)
+    for k in tl.static_range(TOP_K):
+        _, best = _first_largest(keys, positions)
+        chosen = tl.where(cols == k, best, chosen)
+        keys = tl.where(positions == best, LOWEST, keys)
+    chosen = (chosen // SIZE) * group_size + chosen % SIZE  # padded position -> expert
+
+    out_mask = (tokens < n_tokens)[:, None] & (cols < TOP_K)
+    scores = tl.sigmoid(tl.load(logits_ptr + row[:, None] + chosen, mask=out_mask, other=0.0))
+    scores = tl.where(out_mask, scores, 0.0)
+    weights = scores / (tl.sum(scores, axis=1, keep_dims=True) + TINY) * scale
+    out = tokens.to(tl.int64)[:, None] * TOP_K + cols
+    tl.store(indices_ptr + out, chosen, mask=out_mask)
+    tl.store(weights_ptr + out, weights, mask=out_mask)
+
+
+@triton.jit
+def _router_topk_backward_kernel(
+    dweights_ptr,
+    logits_ptr,
+    indices_ptr,
+    dlogits_ptr,
+    n_tokens,
+    n_experts,
+    scale,
+    TOP_K: tl.constexpr,
+    TOKENS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    row_mask = tokens < n_tokens
+    experts = tl.arange(0, EXPERTS)[None, :]
+    mask = row_mask[:, None] & (experts < n_experts)
+    row = tokens.to(tl.int64)
+    address = row[:, None] * n_experts + experts
+    scores = tl.sigmoid(tl.load(logits_ptr + address, mask=mask, other=0.0))
+    chosen = tl.zeros((TOKENS, EXPERTS), dtype=tl.int32)
+    dweights = tl.zeros((TOKENS, EXPERTS), dtype=tl.float32)
+    for k in tl.static_range(TOP_K):  # spread the K values over the experts' columns
+        index = tl.load(indices_ptr + row * TOP_K + k, mask=row_mask, other=-1)
+        value = tl.load(dweights_ptr + row * TOP_K + k, mask=row_mask, other=0.0)
+        here = experts == index[:, None]
+        chosen = tl.where(here, 1, chosen)
+        dweights = tl.where(here, value[:, None], dweights)
+    picked = tl.where(chosen != 0, scores, 0.0)
+    total = tl.sum(picked, axis=1, keep_dims=True) + TINY
+    inner = tl.sum(dweights * picked, axis=1, keep_dims=True) / total
+    dlogits = scale * (dweights - inner) / total * picked * (1 - scores)
+    tl.store(dlogits_ptr + address, dlogits, mask=mask)
+
+
+def router_topk(
+    logits: Tensor, bias: Tensor, top_k: int, n_group: int, topk_group: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `reference.router.router_topk`."""
+    check("logits", logits, (None, None), FP32, logits.device)
+    n_tokens, n_experts = logits.shape
+    check("bias", bias, (n_experts,), FP32, logits.device)
+    if n_group < 1 or n_experts % n_group or not 1 <= topk_group <= n_group:
+        raise ValueError(
+            f"{n_experts} experts, {n_group} groups, {topk_group} kept: n_group must divide the experts, "
+            "topk_group lie in 1 to n_group"
+        )
+    if not 1 <= top_k <= topk_group * (n_experts // n_group):
+        raise ValueError(f"top_k is {top_k}, the groups that stay hold {topk_group * (n_experts // n_group)} experts")
+    indices = torch.empty((n_tokens, top_k), dtype=torch.int32, device=logits.device)
+    weights = torch.empty((n_tokens, top_k), dtype=torch.float32, device=logits.device)
+    if n_tokens:
+        limited = topk_group < n_group
+        groups = n_group if limited else 1
+        padded_groups, padded_size = triton.next_power_of_2(groups), triton.next_power_of_2(n_experts // groups)
+        tokens = max(1, ELEMENTS // (padded_groups * padded_size))
+        _router_topk_kernel[(triton.cdiv(n_tokens, tokens),)](
+            logits,
+            bias,
+            indices,
+            weights,
+            n_tokens,
+            n_experts,
+            groups,
+            n_experts // groups,
+            scale,
+            TOP_K=top_k,
+            GROUPS_KEPT=topk_group if limited else 0,
+            TOKENS=tokens,
+            GROUPS=padded_groups,
+            SIZE=padded_size,
+            COLS=triton.next_power_of_2(top_k),
+            num_warps=1,
+        )
+    return indices, weights
+
+
+def router_topk_backward(dweights: Tensor, logits: Tensor, indices: Tensor, scale: float) -> Tensor:
+    """See `reference.router.router_topk_backward`."""
+    check("dweights", dweights, (None, None), FP32, dweights.device)
+    n_tokens, top_k = dweights.shape
+    check("logits", logits, (n_tokens, None), FP32, dweights.device)
+    check("indices", indices, (n_tokens, top_k), INT32, dweights.device)
+    n_experts = logits.shape[1]
+    dlogits = torch.empty_like(logits)
+    if dlogits.numel():
+        experts = triton.next_power_of_2(n_experts)
+        tokens = max(1, 4 * ELEMENTS // experts)
+        _router_topk_backward_kernel[(triton.cdiv(n_tokens, tokens),)](
+            dweights,
+            logits,
+            indices,
+            dlogits,
+            n_tokens,
+            n_experts,
+            scale,
+            TOP_K=top_k,
+            TOKENS=tokens,
+            EXPERTS=experts,
+        )
+    return dlogits

@@ -1,0 +1,202 @@
+"""Tables that sort rows by expert, the copy to that order and the sum back: Triton kernels.
+
+Tables, in two launches and without atomics whose order shows (blocks of 512 (token, choice) pairs):
+1. Each block counts its pairs per expert: histograms [blocks, E].
+2. Each block adds up the histograms, of all blocks and of those before it. An expert's first row is the running total
+   of the experts before it; a pair's slot is that, plus its expert's pairs in earlier blocks, plus those before it in
+   its own block (counted by comparing all pairs of the block, 32 at a time).
+Given up: step 2 reads blocks^2 x E numbers, 16 MB from L2 at 8192 tokens, top-8 of 256; it grows with tokens squared.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deepv3.kernels.checks import ACTIVATIONS, INT32, block, check
+
+PAIRS = 512
+COMPARED = 32
+HISTOGRAM_ELEMENTS = 8192  # of the histograms, per step of the sum
+COPY_ELEMENTS = 4096
+
+
+@triton.jit
+def _histogram_kernel(indices_ptr, histogram_ptr, n_pairs, n_experts, PAIRS: tl.constexpr, EXPERTS: tl.constexpr):
+    pairs = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    expert = tl.load(indices_ptr + pairs, mask=pairs < n_pairs, other=0)
+    counts = tl.histogram(expert, EXPERTS, mask=pairs < n_pairs)
+    experts = tl.arange(0, EXPERTS)
+    tl.store(histogram_ptr + tl.program_id(0) * n_experts + experts, counts, mask=experts < n_experts)
+
+
+@triton.jit
+def _slots_kernel(
+    indices_ptr,
+    histogram_ptr,
+    slot_of_token_ptr,
+    token_of_slot_ptr,
+    offsets_ptr,
+    counts_ptr,
+    n_pairs,
+    n_experts,
+    n_blocks,
+    top_k,
+    PAIRS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    COMPARED: tl.constexpr,
+):
+    this = tl.program_id(0)
+    places = tl.arange(0, PAIRS)
+    pairs = this * PAIRS + places
+    mask = pairs < n_pairs
+    expert = tl.load(indices_ptr + pairs, mask=mask, other=0)
+
+    experts = tl.arange(0, EXPERTS)
+    before = tl.zeros((BLOCKS, EXPERTS), dtype=tl.int32)
+    total = tl.zeros((BLOCKS, EXPERTS), dtype=tl.int32)
+    for first in tl.range(0, n_blocks, BLOCKS, num_stages=4):
+        blocks = first + tl.arange(0, BLOCKS)[:, None]
+        real = (blocks < n_blocks) & (experts[None, :] < n_experts)
+        part = tl.load(histogram_ptr + blocks * n_experts + experts[None, :], mask=real, other=0)
+        total += part
+        before += tl.where(blocks < this, part, 0)
+    counts = tl.sum(total, axis=0)
+    offsets = tl.cumsum(counts, axis=0)
+    if this == 0:
+        tl.store(counts_ptr + experts, counts, mask=experts < n_experts)
+        tl.store(offsets_ptr + experts, offsets, mask=experts < n_experts)
+    base = offsets - counts + tl.sum(before, axis=0)
+
+    rank = tl.zeros((PAIRS,), dtype=tl.int32)
+    for first in range(0, PAIRS, COMPARED):
+        earlier = first + tl.arange(0, COMPARED)
+        other = tl.load(indices_ptr + this * PAIRS + earlier, mask=this * PAIRS + earlier < n_pairs, other=-1)
+        same = (other[:, None] == expert[None, :]) & (earlier[:, None] < places[None, :])
+        rank += tl.sum(same.to(tl.int32), axis=0)  # along the axis a lane holds whole
+    slot = tl.gather(base, expert, 0) + rank
+    tl.store(slot_of_token_ptr + pairs, slot, mask=mask)
+    tl.store(token_of_slot_ptr + slot, pairs // top_k, mask=mask)
+
+
+@triton.jit
+def _permute_kernel(
+    x_ptr,
+    token_of_slot_ptr,
+    rows_ptr,
+    n_rows,
+    n_cols,
+    x_stride,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    col_blocks = tl.cdiv(n_cols, COLS)
+    slots = tl.program_id(0) // col_blocks * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(0) % col_blocks * COLS + tl.arange(0, COLS)
+    row_mask = slots < n_rows
+    mask = row_mask[:, None] & (cols < n_cols)[None, :]
+    tokens = tl.load(token_of_slot_ptr + slots, mask=row_mask, other=0).to(tl.int64)
+    values = tl.load(x_ptr + tokens[:, None] * x_stride + cols[None, :], mask=mask)
+    tl.store(rows_ptr + slots.to(tl.int64)[:, None] * n_cols + cols[None, :], values, mask=mask)
+
+
+@triton.jit
+def _unpermute_kernel(
+    rows_ptr,
+    slot_of_token_ptr,
+    base_ptr,
+    y_ptr,
+    n_cols,
+    base_stride,
+    BASE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    col_blocks = tl.cdiv(n_cols, COLS)
+    token = (tl.program_id(0) // col_blocks).to(tl.int64)
+    cols = tl.program_id(0) % col_blocks * COLS + tl.arange(0, COLS)
+    mask = cols < n_cols
+    total = tl.zeros((COLS,), dtype=tl.float32)
+    if BASE:
+        total += tl.load(base_ptr + token * base_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    for k in tl.static_range(TOP_K):
+        slot = tl.load(slot_of_token_ptr + token * TOP_K + k).to(tl.int64)
+        total += tl.load(rows_ptr + slot * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + token * n_cols + cols, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def routing_tables(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.routing.routing_tables`. Indices outside 0 to n_experts - 1 are not noticed."""
+    check("indices", indices, (None, None), INT32, indices.device)
+    if n_experts < 1:
+        raise ValueError(f"n_experts is {n_experts}, needed 1 or more")
+    n_pairs, device = indices.numel(), indices.device
+    slot_of_token = torch.empty_like(indices)
+    token_of_slot = torch.empty(n_pairs, dtype=torch.int32, device=device)
+    if n_pairs == 0:
+        offsets, counts = torch.zeros((2, n_experts), dtype=torch.int32, device=device)
+        return slot_of_token, token_of_slot, offsets, counts
+    offsets = torch.empty(n_experts, dtype=torch.int32, device=device)
+    counts = torch.empty_like(offsets)
+    blocks, experts = triton.cdiv(n_pairs, PAIRS), max(2, triton.next_power_of_2(n_experts))
+    histogram = torch.empty((blocks, n_experts), dtype=torch.int32, device=device)
+    _histogram_kernel[(blocks,)](indices, histogram, n_pairs, n_experts, PAIRS=PAIRS, EXPERTS=experts)
+    _slots_kernel[(blocks,)](
+        indices,
+        histogram,
+        slot_of_token,
+        token_of_slot,
+        offsets,
+        counts,
+        n_pairs,
+        n_experts,
+        blocks,
+        indices.shape[1],
+        PAIRS=PAIRS,
+        EXPERTS=experts,
+        BLOCKS=max(1, HISTOGRAM_ELEMENTS // experts),
+        COMPARED=COMPARED,
+        num_warps=8,
+    )
+    return slot_of_token, token_of_slot, offsets, counts
+
+
+def permute(x: Tensor, token_of_slot: Tensor) -> Tensor:
+    """See `reference.routing.permute`. Rows of x may be strided."""
+    check("x", x, (None, None), ACTIVATIONS, x.device, contiguous=False)
+    check("token_of_slot", token_of_slot, (None,), INT32, x.device)
+    n_rows, n_cols = token_of_slot.shape[0], x.shape[1]
+    rows = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
+    if rows.numel():
+        cols = block(n_cols, 2048)
+        per_program = max(1, COPY_ELEMENTS // cols)
+        _permute_kernel[(triton.cdiv(n_rows, per_program) * triton.cdiv(n_cols, cols),)](
+            x, token_of_slot, rows, n_rows, n_cols, x.stride(0), ROWS=per_program, COLS=cols
+        )
+    return rows
+
+
+def unpermute(rows: Tensor, slot_of_token: Tensor, base: Tensor | None = None) -> Tensor:
+    """See `reference.routing.unpermute`. Rows of base may be strided."""
+    check("rows", rows, (None, None), ACTIVATIONS, rows.device)
+    check("slot_of_token", slot_of_token, (None, None), INT32, rows.device)
+    n_tokens, n_cols = slot_of_token.shape[0], rows.shape[1]
+    if base is not None:
+        check("base", base, (n_tokens, n_cols), ACTIVATIONS, rows.device, contiguous=False)
+    y = torch.empty((n_tokens, n_cols), dtype=rows.dtype, device=rows.device)
+    if y.numel():
+        cols = block(n_cols, 1024)
+        start = rows if base is None else base  # not read without BASE
+        _unpermute_kernel[(n_tokens * triton.cdiv(n_cols, cols),)](
+            rows,
+            slot_of_token,
+            start,
+            y,
+            n_cols,
+            start.stride(0),
+            BASE=base is not None,
+            TOP_K=slot_of_token.shape[1],
+            COLS=cols,
+        )
+    return y
