@@ -16,33 +16,32 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM  # noqa: E402
 from transformers.modeling_layers import MtpLayer  # noqa: E402
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs  # noqa: E402
 
-YARN = RopeScaling(factor=8.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=1.0)
+# Ramp over pairs 0 to 4 of 8: some frequencies kept, some blended, some divided.
+YARN = {
+    "rope_scaling": RopeScaling(factor=8.0, original_max_position_embeddings=32, beta_fast=4.0, beta_slow=1.0),
+    "max_position_embeddings": 256,
+    "qk_rope_head_dim": 16,
+    "rope_theta": 30.0,
+}
 CASES = {
     "plain": {},
     "no query latent": {"q_lora_rank": None},
     "one group": {"n_group": 1, "topk_group": 1},
-    "yarn": {"rope_scaling": YARN, "max_position_embeddings": 128},
-    "yarn without query latent and groups": {
-        "rope_scaling": YARN,
-        "max_position_embeddings": 128,
-        "q_lora_rank": None,
-        "n_group": 1,
-        "topk_group": 1,
-    },
+    "yarn": YARN,
+    "yarn without query latent and groups": {**YARN, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
 }
-BATCH, SEQ = 2, 48  # beyond the original 16 positions of the YaRN cases
+PUBLISHED = """
+vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers first_k_dense_replace
+num_attention_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts
+n_shared_experts num_experts_per_tok n_group topk_group routed_scaling_factor rms_norm_eps max_position_embeddings
+"""
+BATCH, SEQ = 2, 48  # beyond the original 32 positions of the YaRN cases
 
 
 def their_config(cfg) -> DeepseekV3Config:
     scaling = cfg.rope_scaling
-    names = (
-        "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers first_k_dense_replace "
-        "num_attention_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts "
-        "n_shared_experts num_experts_per_tok n_group topk_group routed_scaling_factor rms_norm_eps "
-        "max_position_embeddings"
-    ).split()
     return DeepseekV3Config(
-        **{name: getattr(cfg, name) for name in names},
+        **{name: getattr(cfg, name) for name in PUBLISHED.split()},
         num_key_value_heads=cfg.num_attention_heads,
         initializer_range=0.15,
         rope_theta=cfg.rope_theta,
