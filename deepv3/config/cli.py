@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -48,8 +49,8 @@ def execute(run: Callable[[Config], object], argv: Sequence[str]) -> int:
 
 def guarded(work: Callable[[], object], run_dir: Path | None = None) -> int:
     """Call ``work``; its end, good or bad, as an exit code, a message and ``run_dir/exit.json``."""
-    _forget_exit(run_dir)
     try:
+        _open_folder(run_dir)
         work()
     except (Exception, KeyboardInterrupt) as error:
         return report(error, run_dir)
@@ -68,7 +69,8 @@ def report(error: BaseException, run_dir: Path | None, identical: bool = False) 
     if identical:
         if rank() != 0:
             return code
-        _forget_exit(run_dir)
+        with suppress(ConfigError):  # record_exit says so
+            _open_folder(run_dir)
     if record_exit(run_dir, code, reason):
         if code == EXIT_BUG:
             traceback.print_exception(error)
@@ -100,10 +102,15 @@ def record_exit(run_dir: Path | None, code: int, reason: str) -> bool:
     return True
 
 
-def _forget_exit(run_dir: Path | None) -> None:
-    """Remove the previous attempt's end; rank 0 does it, before the other ranks have come far enough to fail."""
-    if run_dir and rank() == 0:
+def _open_folder(run_dir: Path | None) -> None:
+    """Make the run folder and forget the previous attempt's end; rank 0 does it, long before others can fail."""
+    if run_dir is None or rank() != 0:
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "exit.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir = {run_dir} cannot be written ({error}); give another run_dir=PATH") from None
 
 
 def usage() -> str:

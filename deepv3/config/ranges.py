@@ -25,8 +25,8 @@ BELOW_ONE = ("data.validation_fraction", "optim.beta1", "optim.beta2", "optim.em
 ZERO_ALLOWED = frozenset({
     "seed", "model.first_k_dense_replace", "model.n_shared_experts", "model.num_nextn_predict_layers",
     "model.aux_loss_alpha", "model.bias_update_speed", "model.mtp_loss_weight", "data.tokenizer_vocab_size",
-    "data.num_proc", "optim.lr", "optim.warmup_steps", "optim.weight_decay", "train.eval_every", "checkpoint.every",
-    "logging.plot_every", "cluster.peak_tflops", *FRACTIONS, *BELOW_ONE,
+    "data.num_proc", "optim.lr", "optim.warmup_steps", "optim.weight_decay", "train.steps", "train.tokens",
+    "train.eval_every", "checkpoint.every", "logging.plot_every", "cluster.peak_tflops", *FRACTIONS, *BELOW_ONE,
 })  # fmt: skip
 
 

@@ -224,7 +224,6 @@ class ClusterConfig:
 
     nproc_per_node: int = knob(1, "Processes per node that a sweep (-m) starts for each job.")
     peak_tflops: float = knob(0.0, "BF16 dense peak of one device for MFU, TFLOP/s; 0 looks the device name up.")
-    node_size: int = knob(8, "Ranks per node, for node-limited fan-out figures.")
 
 
 @dataclass

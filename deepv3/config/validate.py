@@ -128,16 +128,17 @@ def _grid(cfg: Config, world_size: int) -> Iterator[str]:
             f"parallel.pp_size = {pp} exceeds model.num_hidden_layers = {m.num_hidden_layers}, and a stage needs a "
             f"layer; set parallel.pp_size={m.num_hidden_layers} or less"
         )
-    if m.n_routed_experts % ep:
-        fix = f"set parallel.ep_size={_near_divisors(m.n_routed_experts, ep)}"
-        yield _indivisible("model.n_routed_experts", m.n_routed_experts, "parallel.ep_size", ep, fix)
+        return
     if world_size % pp:
         fix = f"start a multiple of {pp} ranks or set parallel.pp_size={_near_divisors(world_size, pp)}"
         yield _indivisible("the world size", world_size, "parallel.pp_size", pp, fix)
         return
     dp = world_size // pp
     ranks = f"the data-parallel size (world size {world_size} / parallel.pp_size {pp})"
-    if dp % ep:
+    if m.n_routed_experts % ep:
+        fix = f"set parallel.ep_size={_near_divisors(m.n_routed_experts, ep)}"
+        yield _indivisible("model.n_routed_experts", m.n_routed_experts, "parallel.ep_size", ep, fix)
+    elif dp % ep:
         fix = f"start a multiple of {pp * ep} ranks or set parallel.ep_size={_near_divisors(dp, ep)}"
         yield _indivisible(ranks, dp, "parallel.ep_size", ep, fix)
     yield from _batches(cfg, dp)

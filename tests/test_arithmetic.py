@@ -1,0 +1,112 @@
+"""The closed forms equal the published 671B figures and every preset's model, built without memory."""
+
+from dataclasses import replace
+
+import pytest
+
+from deepv3.arithmetic import attention_flops, block, flops_per_token, parameters
+from deepv3.config.compose import compose, groups
+from deepv3.config.schema import ModelConfig, RopeScaling
+from deepv3.model.transformer import Transformer
+
+V3 = ModelConfig()
+
+
+def test_v3_has_the_published_parameters():
+    count = parameters(V3)
+    assert count.total == 671_026_404_352
+    assert count.active == 36_625_603_584
+    assert count.active_with_embedding == 37_552_282_624
+    assert count.active_without_head == 35_698_924_544
+    assert count.routed_experts == 653_908_770_816
+    assert count.embedding == 926_679_040
+    assert count.mtp == 11_610_067_968
+    assert count.mtp_active + count.embedding == 1_614_779_392
+    assert count.stored == count.total + count.mtp
+
+
+def test_v3_layers_have_the_published_parts():
+    piece = block(V3)
+    assert piece.attention == 187_107_328
+    assert piece.dense == 396_361_728
+    assert piece.expert == piece.shared == 44_040_192
+    assert piece.router == 1_835_008
+    assert piece.moe(256) == 11_320_164_352
+
+
+def test_v3_needs_the_published_flops_per_token():
+    def giga(seq_len: int, **options) -> float:
+        return flops_per_token(V3, seq_len, **options) / 1e9
+
+    assert giga(4096, mtp=False) == pytest.approx(250.4, abs=0.05)
+    assert giga(4096, causal=False, mtp=False) == pytest.approx(281.2, abs=0.05)
+    assert giga(4096) - giga(4096, mtp=False) == pytest.approx(10.2, abs=0.05)
+    assert giga(32768, mtp=False) == pytest.approx(465, abs=0.5)
+    assert giga(131072, mtp=False) == pytest.approx(1202, abs=0.5)
+
+
+def test_reported_step_time_gives_the_reported_mfu():
+    """15360 x 4096 tokens in 19.926 s on 2048 devices of 989.4 TFLOP/s (HW Table 4: 38.94 % causal, 43.73 % not)."""
+    rate = 15360 * 4096 / 19.926 / 2048
+    for causal, reported in ((True, 0.3894), (False, 0.4373)):
+        mfu = rate * flops_per_token(V3, 4096, causal=causal, mtp=False) / 989.4e12
+        assert mfu == pytest.approx(reported, rel=3e-3)
+
+
+def test_causal_attention_is_half_of_the_square():
+    assert attention_flops(V3, 4096, causal=False) == 2 * attention_flops(V3, 4096) == 2 * 4096 * 128 * 320
+
+
+def _built(cfg: ModelConfig) -> tuple[int, int]:
+    """Parameters of the main model and of MTP, counted on the meta device."""
+    sizes = {name: p.numel() for name, p in Transformer(cfg, device="meta").named_parameters()}
+    mtp = sum(size for name, size in sizes.items() if name.startswith("mtp."))
+    return sum(sizes.values()) - mtp, mtp
+
+
+@pytest.mark.parametrize("preset", groups()["config"])
+def test_closed_form_equals_the_built_model_of_every_preset(preset):
+    cfg = compose([f"+config={preset}"]).model
+    count = parameters(cfg)
+    assert (count.total, count.mtp) == _built(cfg)
+
+
+TINY = compose(["+config=tiny"]).model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"q_lora_rank": None},
+        {"num_nextn_predict_layers": 0},
+        {"num_nextn_predict_layers": 3},
+        {"first_k_dense_replace": 8, "num_nextn_predict_layers": 0},
+        {"first_k_dense_replace": 0},
+        {"n_shared_experts": 2},
+        {"rope_scaling": RopeScaling()},
+    ],
+    ids=lambda change: " ".join(f"{key}={value}" for key, value in change.items())[:50],
+)
+def test_closed_form_equals_the_built_model_of_every_variant(change):
+    cfg = replace(TINY, **change)
+    count = parameters(cfg)
+    assert (count.total, count.mtp) == _built(cfg)
+
+
+def test_active_parameters_are_those_of_a_model_with_only_the_chosen_experts():
+    chosen = replace(TINY, n_routed_experts=TINY.num_experts_per_tok, n_group=1, topk_group=1)
+    spared_gate = (
+        (TINY.num_hidden_layers - TINY.first_k_dense_replace)
+        * TINY.hidden_size
+        * (TINY.n_routed_experts - TINY.num_experts_per_tok)
+    )
+    assert parameters(TINY).active_with_embedding == _built(chosen)[0] + spared_gate
+
+
+def test_flops_are_six_per_matrix_element_that_a_token_meets_plus_attention():
+    cfg = replace(TINY, num_experts_per_tok=TINY.n_routed_experts, n_group=1, topk_group=1)
+    matrices = sum(p.numel() for _, p in Transformer(cfg, device="meta").named_parameters() if p.ndim > 1)
+    layers = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
+    repeated_head = cfg.num_nextn_predict_layers * parameters(cfg).embedding
+    met = matrices - parameters(cfg).embedding + repeated_head
+    assert flops_per_token(cfg, 256) == 6 * met + 3 * layers * attention_flops(cfg, 256)
