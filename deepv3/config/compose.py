@@ -51,13 +51,13 @@ def compose(argv: Sequence[str], config_dir: Path = CONFIG_DIR) -> Config:
     """
     overrides = parse_overrides(argv)
     chosen = [o for o in overrides if is_choice(o, config_dir)]
-    layers = [_value(o) for o in overrides if o not in chosen]
+    layers = [layer(o) for o in overrides if o not in chosen]
     return build(Config, _compose_files(chosen, config_dir), *layers)
 
 
 def from_arguments(argv: Sequence[str], schema: type[T]) -> T:
     """``key=value`` arguments into a small schema of their own, for launch scripts that take no Config."""
-    return build(schema, *(_value(o, schema) for o in parse_overrides(argv)))
+    return build(schema, *(layer(o, schema) for o in parse_overrides(argv)))
 
 
 def parse_overrides(argv: Sequence[str]) -> list[Override]:
@@ -105,7 +105,8 @@ def is_choice(override: Override, config_dir: Path) -> bool:
     return True
 
 
-def _value(override: Override, schema: type = Config) -> dict[str, Any]:
+def layer(override: Override, schema: type = Config) -> dict[str, Any]:
+    """``key=value`` as nested mappings. Raises ConfigError for anything but the setting of a known field."""
     line, path = override.input_line, override.key_or_group
     known = list(field_paths(schema))
     if path.split(".")[0] not in {name.split(".")[0] for name in known}:

@@ -2,20 +2,28 @@
 
 import pytest
 
-from deepv3.config.compose import compose
+from deepv3.config.compose import compose, layer, parse_overrides, to_dict
 from deepv3.config.ranges import BELOW_ONE, CHOICES, FRACTIONS, ZERO_ALLOWED
 from deepv3.config.schema import Config
-from deepv3.config.typed import field_paths
+from deepv3.config.typed import build, field_paths
 from deepv3.config.validate import ramp_sizes, validate
 from deepv3.errors import ConfigError
 
 YARN = "model.rope_scaling={factor: 2, original_max_position_embeddings: 256, "
 
 
+TINY = to_dict(compose(["+config=tiny"]))
+
+
+def tiny(*overrides: str) -> Config:
+    """tiny(*overrides), without reading the files again."""
+    return build(Config, TINY, *map(layer, parse_overrides(overrides)))
+
+
 def refusal(overrides: list[str], world_size: int = 1) -> list[str]:
     """The lines that tiny with ``overrides`` is refused with."""
     with pytest.raises(ConfigError) as caught:
-        validate(compose(["+config=tiny", *overrides]), world_size)
+        validate(tiny(*overrides), world_size)
     return str(caught.value).splitlines()
 
 
@@ -81,7 +89,7 @@ def test_each_size_of_a_batch_ramp_has_to_fit_the_grid():
         "train.batch_ramp's step of 7 sequences = 7",
         "train.batch_ramp's step of 10 sequences = 10",
     ]
-    validate(compose(["+config=tiny", *overrides, ramp.replace("increment: 3", "increment: 4")]), world_size=4)
+    validate(tiny(*overrides, ramp.replace("increment: 3", "increment: 4")), world_size=4)
 
 
 def test_a_ramp_passes_through_its_start_and_its_end():
@@ -101,7 +109,7 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(path):
 
 @pytest.mark.parametrize("path", sorted(ZERO_ALLOWED))
 def test_zero_is_allowed_where_it_means_something_and_less_is_not(path):
-    cfg = compose(["+config=tiny", f"{path}=0", "data.validation_sources=[{path: /a}]"])
+    cfg = tiny(f"{path}=0", "data.validation_sources=[{path: /a}]")
     validate(cfg, 1)
     (line,) = refusal([f"{path}=-1"])
     assert line.startswith(f"{path} = -1") and "0 or more" in line
