@@ -62,11 +62,15 @@ def from_arguments(argv: Sequence[str], schema: type[T]) -> T:
 
 def parse_overrides(argv: Sequence[str]) -> list[Override]:
     """Hydra's override grammar, its errors as ours."""
-    try:
-        return OverridesParser.create().parse_overrides(list(argv))
-    except HydraException as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{reason} Write key=value; quote what holds commas or spaces: \"key='a, b'\"") from None
+    parser, found = OverridesParser.create(), []
+    for argument in argv:
+        try:
+            found.append(parser.parse_override(argument))
+        except HydraException as error:
+            why = str(error).splitlines()[0]
+            form = "write key=value, and quotes around what holds commas or spaces: \"key='a, b'\""
+            raise ConfigError(f"{argument}: {why}; {form}") from None
+    return found
 
 
 def groups(config_dir: Path = CONFIG_DIR) -> dict[str, list[str]]:
