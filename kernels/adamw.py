@@ -68,7 +68,7 @@ def _adamw_kernel(
     v = beta2 * v + rest2 * grad * grad
     master = master * decay - lr * (m / correction1) / (tl.sqrt(v / correction2) + eps)
 
-    write = mask & (tl.abs(grad_scale) < float("inf"))  # false for NaN too
+    write = mask & (tl.zeros((ELEMENTS,), dtype=tl.float32) * grad_scale == 0.0)  # 0 x inf and 0 x NaN are NaN
     tl.store(master_ptr + places, master, mask=write)
     tl.store(exp_avg_ptr + places, m.to(exp_avg_ptr.dtype.element_ty), mask=write)
     tl.store(exp_avg_sq_ptr + places, v.to(exp_avg_sq_ptr.dtype.element_ty), mask=write)
@@ -79,9 +79,9 @@ def _adamw_kernel(
 @triton.jit
 def _sum_of_squares_kernel(flat_ptr, partial_ptr, n, ELEMENTS: tl.constexpr):
     total = tl.zeros((ELEMENTS,), dtype=tl.float32)
-    blocks = tl.cdiv(n, ELEMENTS)
-    for index in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        places = index.to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    first = tl.program_id(0).to(tl.int64) * ELEMENTS  # the loop counts in 64 bits
+    for start in range(first, n, tl.num_programs(0) * ELEMENTS):
+        places = start + tl.arange(0, ELEMENTS)
         x = tl.load(flat_ptr + places, mask=places < n, other=0.0)
         total += x * x
     tl.store(partial_ptr + tl.program_id(0), tl.sum(total.to(tl.float64), axis=0))

@@ -1,8 +1,8 @@
 """Weight gradient of the embedding, in a fixed order and without atomics: Triton kernel.
 
 1. Sort the ids, stably, on the device.
-2. A program stands at every place of the sorted order, for every 128 columns. Where a run of equal ids starts it adds up
-   the run's rows, 32 at a time, and adds the sum to the gradient's row; elsewhere it leaves at once.
+2. A program stands at every place of the sorted order, for every 128 columns. Where a run of equal ids starts it adds
+   up the run's rows, 32 at a time, and adds the sum to the gradient's row; elsewhere it leaves at once.
 Given up: a run is not split over programs. One of 2048 rows is 64 rounds of loads, tens of microseconds.
 """
 

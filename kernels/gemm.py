@@ -5,8 +5,8 @@
 - grouped_wgrad_: Triton, a GEMM per expert over its own rows, BF16 operands, FP32 result stored or added in place. Rows
   are the reduced dimension: both operands are read as they lie, [rows, columns], and enter the tensor cores transposed.
 
-Tiles of grouped_wgrad_: every expert has the same number of output tiles whatever its rows, so a program finds its expert
-by one division. Programs are not persistent: experts differ in length, and the hardware hands the next tile to
+Tiles of grouped_wgrad_: every expert has the same number of output tiles whatever its rows, so a program finds its
+expert by one division. Programs are not persistent: experts differ in length, and the hardware hands the next tile to
 whichever multiprocessor is free. Accumulating starts from the gradient instead of adding it at the end: its load
 overlaps the first operands'.
 """
@@ -34,8 +34,8 @@ class Tile(NamedTuple):
 
 
 # Candidates for BF16, all built for sm_90 by the tests without spills. 128 x 256 needs 48 bytes of L2 per clock and
-# multiprocessor at full rate, about what Hopper's L2 gives; 128 x 128 needs 64, but with 4 warps two of its programs share
-# a multiprocessor and hide each other's start and end.
+# multiprocessor at full rate, about what Hopper's L2 gives; 128 x 128 needs 64, but with 4 warps two of its programs
+# share a multiprocessor and hide each other's start and end.
 TILES = [
     Tile(128, 256, 64, 8, 4, True),
     Tile(256, 128, 64, 8, 4, True),
@@ -47,7 +47,7 @@ TILES = [
     Tile(128, 128, 64, 8, 4, False),
 ]
 BEST = TILES[0]
-UNALIGNED = TILES[6]  # rows that do not start at 16 bytes: no descriptors
+UNALIGNED = Tile(64, 64, 32, 8, 2, False)  # rows that do not start at 16 bytes: no descriptors
 EXACT = Tile(64, 64, 32, 4, 2, False)  # FP32 operands: no tensor cores, FP32 products
 GROUPED = 8  # tiles along n that share x in L2 before the next column of tiles
 
@@ -89,9 +89,9 @@ def _grouped_wgrad_kernel(
         total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
 
     if DESCRIPTORS:  # the group's end is made the tensors' end: rows beyond it arrive as zeros
-        height = tl.maximum(end, 1)
-        dy_rows = tl.make_tensor_descriptor(dy_ptr, [height, n_out], [n_out, 1], [BLOCK_R, BLOCK_N])
-        x_rows = tl.make_tensor_descriptor(x_ptr, [height, n_in], [n_in, 1], [BLOCK_R, BLOCK_K])
+        bottom = tl.maximum(end, 1)
+        dy_rows = tl.make_tensor_descriptor(dy_ptr, [bottom, n_out], [n_out, 1], [BLOCK_R, BLOCK_N])
+        x_rows = tl.make_tensor_descriptor(x_ptr, [bottom, n_in], [n_in, 1], [BLOCK_R, BLOCK_K])
         for row in range(start, end, BLOCK_R):
             dy = dy_rows.load([row, first_n])
             x = x_rows.load([row, first_k])
@@ -143,7 +143,7 @@ def dense_wgrad_(grad: Tensor, dy: Tensor, x: Tensor, accumulate: bool) -> None:
 
 
 def grouped_wgrad_(grad: Tensor, dy: Tensor, x: Tensor, offsets: Tensor, accumulate: bool) -> None:
-    """See `reference.gemm.grouped_wgrad_`. Reproducible: one program owns an output tile and walks its rows in order."""
+    """See `reference.gemm.grouped_wgrad_`. Reproducible: one program owns a tile and walks its rows in order."""
     check("grad", grad, (None, None, None), FP32, grad.device)
     groups, n_out, n_in = grad.shape
     check("dy", dy, (None, n_out), ACTIVATIONS, grad.device)
@@ -154,7 +154,7 @@ def grouped_wgrad_(grad: Tensor, dy: Tensor, x: Tensor, offsets: Tensor, accumul
 
 
 def choose_tile(dy: Tensor, x: Tensor) -> Tile:
-    """The tile for these operands. FP32: exact products. BF16: the fastest measured, if descriptors can read the rows."""
+    """The tile for these operands: exact products for FP32, else BEST where descriptors can read the rows."""
     if dy.dtype == torch.float32:
         return EXACT
     aligned = dy.shape[1] % 8 == 0 and x.shape[1] % 8 == 0 and dy.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0
