@@ -6,7 +6,8 @@
 
 The core is torch's scaled_dot_product_attention: cuDNN on GPUs (the one with a fast backward for head dims 192/128).
 With `remake`, q, k and v are not kept: backward makes them again from the two latents (V3 3.2.3), the attention output
-and its row statistics stay. That costs 2.7 % more FLOPs at V3's shapes and saves 512 values per token and head.
+and its row statistics stay. That costs 2.7 % more FLOPs at V3's shapes and saves 640 values per token and head (v, a
+view, would keep its whole up-projection).
 """
 
 from typing import NamedTuple
@@ -95,7 +96,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, a
 
     `again` makes (q, k, v) anew for backward, which then keeps none of them.
     """
-    with _dropped((q, k, v), again):
+    with _Dropped((q, k, v), again):
         if q.is_cuda:
             with sdpa_kernel(_backends(q.dtype, mask), set_priority=True):
                 return _core(q, k, v, scale, mask)
@@ -121,7 +122,7 @@ def _backends(dtype: torch.dtype, mask: Tensor | None) -> list[SDPBackend]:
     return [SDPBackend.CUDNN_ATTENTION, *slow] if fast and not torch.are_deterministic_algorithms_enabled() else slow
 
 
-class _dropped(saved_tensors_hooks):
+class _Dropped(saved_tensors_hooks):
     """Within the block, autograd saves a place holder for each of `tensors` instead of the tensor."""
 
     def __init__(self, tensors: tuple[Tensor, ...], again: Remade | None) -> None:

@@ -106,9 +106,7 @@ class Router(nn.Module):
 
 
 @torch.no_grad()
-def statistics(
-    routings: Sequence[Routing], cfg: ModelConfig, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+def statistics(routings: Sequence[Routing], cfg: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Figures of all layers at once, as sums over tokens: counts [n, E] int32, entropy [n] and fanout [n] FP32.
 
     entropy: of a token's K gates, nats, ln K when they are equal. fanout: distinct expert groups (nodes) of a token.

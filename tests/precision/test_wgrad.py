@@ -1,5 +1,7 @@
 """The queue of weight gradients and the rule for where a gradient goes."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -58,6 +60,17 @@ def test_a_remade_value_reserves_its_parents_once_and_forgets_after_the_last_use
     assert made == ["parent", "child"]
     with pytest.raises(AssertionError, match="more often than announced"):
         child()
+
+
+def test_a_remade_value_is_released_after_its_last_user_took_it():
+    remade = Remade(lambda: torch.ones(2))
+    users = [remade.reserve(), remade.reserve()]
+    value = users[0]()
+    alive = weakref.ref(value)
+    del value
+    assert alive() is not None
+    users[1]()
+    assert alive() is None
 
 
 def test_a_kept_value_carries_no_graph():
