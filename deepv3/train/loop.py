@@ -1,0 +1,221 @@
+"""Build a run, resume it, train it to its end, and leave everything on disk.
+
+The order of events in a run: refuse what cannot work; tokenizer and data; model, engine, state of the newest checkpoint;
+then steps, with validation, checkpoints and pictures in between. The host reads a step's figures one step late on CUDA,
+so the device never waits for it.
+"""
+
+import resource
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+from deepv3 import arithmetic
+from deepv3.checkpoint import store
+from deepv3.config.compose import to_yaml
+from deepv3.config.schema import Config
+from deepv3.config.validate import validate
+from deepv3.data.loader import build_data
+from deepv3.dist import Grid, init_distributed
+from deepv3.errors import ConfigError, NumericsError, Stopped
+from deepv3.model.transformer import build_model
+from deepv3.optim.ema import WeightAverage
+from deepv3.optim.engine import build_engine
+from deepv3.pipeline.executor import Executor
+from deepv3.train import metrics
+from deepv3.train.plots import Plotter
+from deepv3.train.progress import LiveLine
+from deepv3.train.step import Plan, Progress, StepRecord, train_step
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a wish that all ranks learn of in the next step's all-reduce; the handler only sets it."""
+
+    def __init__(self):
+        self.wanted = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._set)
+
+    def _set(self, number, frame) -> None:
+        if self.wanted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+
+class Run:
+    """One training run on this rank: its parts, and the loop over them."""
+
+    def __init__(self, cfg: Config, started: float):
+        self.cfg = cfg
+        self.started = started
+        self.dir = Path(cfg.run_dir)
+        self.grid: Grid = init_distributed(cfg)
+        self.chief = self.grid.rank == 0
+        self.device = self.grid.device
+        validate(cfg, self.grid.world_size)
+        _refuse_unbuilt(cfg)
+        self.at = Progress()
+        self.skipped_in_row = 0
+        self.val_loss: float | None = None
+        self.line = LiveLine(cfg.logging.progress and self.chief)
+        self._claim_folder()
+        self.data = build_data(cfg, self.grid)
+        self.model = build_model(cfg, self.device)
+        self.model.init_weights(cfg.seed)
+        self.engine = build_engine(self.model, cfg, self.grid)
+        self.ema = WeightAverage(self.engine, cfg.optim.ema_decay) if cfg.optim.ema_decay > 0 else None
+        self.executor = Executor(self.model, self.device)
+        self.resumed_from = self._resume()
+        self.first_step = self.at.step + 1
+        self.recorder = metrics.Recorder(cfg, self.at.step) if self.chief else None
+        self.plotter = Plotter(self.dir) if self.chief else None
+        self.peak_flops = metrics.peak_tflops(cfg, self.device) * 1e12 * self.grid.world_size
+        self.flops = {
+            causal: arithmetic.flops_per_token(cfg.model, cfg.data.seq_len, causal=causal, mtp=True)
+            for causal in (True, False)
+        }
+
+    # -- before the first step -------------------------------------------------------------------------------------
+
+    def _claim_folder(self) -> None:
+        """Refuse a folder that belongs to another run; write config.yaml."""
+        if self.chief:
+            store.check_run_folder(self.dir, self.cfg)
+            self.dir.mkdir(parents=True, exist_ok=True)
+            beside = self.dir / ".config.yaml"
+            beside.write_text(to_yaml(self.cfg), encoding="utf-8")
+            beside.replace(self.dir / "config.yaml")
+        self.grid.barrier()
+
+    def _resume(self) -> Path | None:
+        """Load the checkpoint that train.resume names; None where the run starts fresh."""
+        path = store.choose(self.cfg, self.grid)
+        if path is None:
+            return None
+        client = store.load(path, self.engine, self.model, self.ema, self.grid)
+        if self.cfg.train.resume in ("auto", "never") or path.is_relative_to(self.dir / "checkpoints"):
+            self.at = Progress(**client["progress"])
+            self.data.train.load_state_dict(client["data"])
+        return path
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def fraction(self) -> float:
+        """Share of the run that is done, by steps or tokens, whichever ends it first."""
+        train = self.cfg.train
+        shares = []
+        if train.steps is not None:
+            shares.append(self.at.step / train.steps if train.steps else 1.0)
+        if train.tokens is not None:
+            shares.append(self.at.tokens / train.tokens if train.tokens else 1.0)
+        return max(shares)
+
+    def train(self) -> None:
+        """Steps until the end; Stopped if a signal asked for it (state saved), NumericsError after too many skips."""
+        stop = StopSignal()
+        pending: StepRecord | None = None
+        if self.at.step == 0 and self.fraction() < 1:
+            self._validate()
+        while self.fraction() < 1:
+            plan = Plan.of(self.cfg, self.at)
+            batches = self.data.train.micro_batches(
+                self.at.samples, plan.sequences, self.cfg.train.micro_batch_size
+            )
+            record = train_step(self, plan, batches, stop.wanted)
+            self.at = plan.after
+            last = self.fraction() >= 1
+            wanted = pending is not None and self._report(pending)
+            pending = record
+            due = self._due(self.cfg.checkpoint.every)
+            if self.device.type != "cuda" or wanted or due or last or self._due(self.cfg.train.eval_every):
+                wanted = self._report(pending) or wanted
+                pending = None
+            if self._due(self.cfg.train.eval_every) or (last and self.cfg.train.eval_every):
+                self._validate()
+            if self.cfg.checkpoint.every is not None and (due or wanted or last):
+                self._save()
+            if wanted and not last:
+                raise Stopped(f"stopped by a signal after step {self.at.step}; state saved, start again to go on")
+
+    def _due(self, every: int | None) -> bool:
+        return bool(every) and self.at.step % every == 0
+
+    def _report(self, record: StepRecord) -> bool:
+        """Turn a finished step into its row; True if any rank wants to stop."""
+        out, norm, skipped, stop, bias_low, bias_high = record.read()
+        self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
+        plan, seconds = record.plan, record.clock.seconds()
+        if self.chief:
+            row = self._row(record, out, norm, skipped, bias_low, bias_high, seconds)
+            self.recorder.step(row)
+            if plan.step == 1 or plan.step % self.cfg.logging.plot_every == 0:
+                self.recorder.load(plan.step, out.counts)
+                self.plotter.refresh()
+            self.line.update(row, self.fraction(), self.val_loss)
+        if self.skipped_in_row >= self.cfg.train.max_skipped_steps:
+            raise NumericsError(
+                f"gradient norm not finite for {self.skipped_in_row} steps in a row up to step {plan.step} "
+                f"(train.max_skipped_steps = {self.cfg.train.max_skipped_steps}); weights are those of step "
+                f"{plan.step - self.skipped_in_row}: lower optim.lr or look at the data"
+            )
+        return stop
+
+    def _row(self, record, out, norm, skipped, bias_low, bias_high, seconds) -> dict:
+        plan = record.plan
+        rate = plan.tokens / seconds
+        row = {"step": plan.step, "tokens": plan.after.tokens, **metrics.loss_figures(out, self.cfg, plan.mtp_weight)}
+        row |= {"lr": plan.lr, "bias_update_speed": plan.bias_speed, "mtp_loss_weight": plan.mtp_weight}
+        row |= {"sequences": plan.sequences, "grad_norm": norm, "skipped": skipped}
+        row |= {"tokens_per_second": rate, "tokens_per_second_per_gpu": rate / self.grid.world_size}
+        for name, causal in (("mfu", True), ("mfu_full_attention", False)):
+            row[name] = self.flops[causal] * rate / self.peak_flops if self.peak_flops else 0.0
+        row |= {"memory_gib": _peak_memory_gib(self.device), "step_seconds": seconds}
+        row |= metrics.router_figures(out, plan.tokens)
+        row |= {"router_bias_min": bias_low, "router_bias_max": bias_high}
+        if plan.step == self.first_step:
+            row["startup_seconds"] = time.time() - self.started
+        return row
+
+    def _validate(self) -> None:
+        """Mean loss over train.eval_sequences held-out sequences, the same ones each time."""
+        count = self.cfg.train.eval_sequences
+        batches = self.data.validation.micro_batches(0, count, self.cfg.train.micro_batch_size)
+        out = self.executor.evaluate(batches, loss_scale=1.0 / (count * self.cfg.data.seq_len))
+        figures = torch.stack([out.loss_main, out.loss_mtp])
+        self.grid.sum_over_data(figures)
+        main, mtp = figures.tolist()
+        self.val_loss = main
+        if self.chief:
+            depth = max(1, self.cfg.model.num_nextn_predict_layers)
+            row = {"step": self.at.step, "tokens": self.at.tokens, "val_loss": main, "val_loss_mtp": mtp / depth}
+            self.recorder.validate(row)
+
+    def _save(self) -> None:
+        client = {"progress": vars(self.at), "data": self.data.train.state_dict()}
+        store.save(self.dir, self.at.step, self.engine, self.model, self.ema, self.grid, self.cfg, client)
+
+    def close(self) -> list[Path]:
+        """Stop the background work; returns the pictures' paths (rank 0)."""
+        self.data.close()
+        self.line.close()
+        if not self.chief:
+            return []
+        self.recorder.close()
+        return self.plotter.close()
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Largest memory in use so far: allocated on the GPU, resident on the CPU, GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _refuse_unbuilt(cfg: Config) -> None:
+    if cfg.parallel.pp_size > 1 or cfg.parallel.ep_size > 1:
+        raise ConfigError(
+            f"parallel.pp_size = {cfg.parallel.pp_size}, parallel.ep_size = {cfg.parallel.ep_size}: this version trains "
+            "with data parallelism only; set parallel=single"
+        )

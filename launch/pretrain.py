@@ -1,0 +1,27 @@
+"""Pre-trains a model: ``torchrun [...] launch/pretrain.py +config=NAME [key=value ...]``; plain ``python`` for one process.
+
+``-m`` sweeps: each combination of comma-separated values runs under its own torchrun in its own run folder.
+"""
+
+import time
+
+STARTED = time.time()
+
+import sys  # noqa: E402
+
+from deepv3.config.cli import main  # noqa: E402
+
+
+def pretrain(cfg) -> None:
+    """Train, then do what train.finish asks for."""
+    from deepv3.train.entry import pretrain
+
+    pretrain(cfg, STARTED)
+
+
+if __name__ == "__main__":
+    if "-m" in sys.argv[1:] or "--multirun" in sys.argv[1:]:
+        from deepv3.train.sweep import run_sweep
+
+        sys.exit(run_sweep(sys.argv[1:], __file__))
+    main(pretrain)

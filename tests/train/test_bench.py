@@ -1,0 +1,25 @@
+"""The benchmark's own arithmetic: what it reads from either side and how it groups kernels."""
+
+from types import SimpleNamespace
+
+from deepv3.train import bench
+
+
+def test_a_row_gives_median_and_spread():
+    row = bench.Side("ours", [10.0, 30.0, 20.0], 80.0, 12.3).row()
+    assert row == "| ours | 20 | 10 - 30 | 80.0 | 12 |"
+
+
+def test_a_failed_side_says_so_in_the_table():
+    assert "failed: out of memory" in bench.Side("peer", failure="out of memory").row()
+
+
+def test_kernels_are_grouped_and_averaged_per_step():
+    events = [
+        SimpleNamespace(key="_adamw_kernel", self_device_time_total=8000.0, count=2),
+        SimpleNamespace(key="nvjet_hsh_128x256", self_device_time_total=4000.0, count=4),
+        SimpleNamespace(key="aten::mm", self_device_time_total=0.0, count=4),
+    ]
+    table = bench.profile_table(events, steps=2)
+    assert "sum of kernels" in table and "6.00 ms" in table
+    assert "optimizer" in table and "dense GEMM" in table and "aten::mm" not in table
