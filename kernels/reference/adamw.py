@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+CHUNK = 1 << 16  # elements worked on at a time: their temporaries stay in the cache
+
 
 def adamw_(
     master: Tensor,
@@ -30,18 +32,22 @@ def adamw_(
         return
     step = torch.as_tensor(step, dtype=torch.float64)
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    g = grad * grad_scale
-    m = beta1 * exp_avg.to(grad.dtype) + (1 - beta1) * g
-    v = beta2 * exp_avg_sq.to(grad.dtype) + (1 - beta2) * g * g
-    updated = master * (1 - lr * weight_decay) - lr * (m / correction1) / ((v / correction2).sqrt() + eps)
-    for target, value in ((master, updated), (exp_avg, m), (exp_avg_sq, v), (param_out, updated)):
-        if target is not None:
-            target.copy_(value)
+    for first in range(0, master.numel(), CHUNK):
+        part = slice(first, first + CHUNK)
+        g = grad[part] * grad_scale
+        m = (beta1 * exp_avg[part].to(g.dtype)).add_(g, alpha=1 - beta1)
+        v = (beta2 * exp_avg_sq[part].to(g.dtype)).addcmul_(g, g, value=1 - beta2)
+        exp_avg[part], exp_avg_sq[part] = m, v
+        master[part].mul_(1 - lr * weight_decay).sub_(
+            m.div_(correction1).mul_(lr) / v.div_(correction2).sqrt_().add_(eps)
+        )
+        if param_out is not None:
+            param_out[part] = master[part]
 
 
 def sum_of_squares(flat: Tensor) -> Tensor:
     """Sum of squares of a flat tensor as a 0-dim FP64 tensor."""
     total = torch.zeros((), dtype=torch.float64, device=flat.device)
-    for chunk in flat.split(1 << 20):  # FP64 copies of a chunk only
+    for chunk in flat.split(CHUNK):
         total += chunk.double().square().sum()
     return total

@@ -18,9 +18,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def cross_entropy_(logits: Tensor, labels: Tensor, scale: float) -> Tensor:
     """The loss as above, unscaled; logits become scale * (softmax(logits) - onehot(label)), zero in ignored rows."""
-    loss = cross_entropy(logits, labels)
-    gradient = torch.softmax(wide(logits), dim=-1)
-    kept = labels != IGNORED
-    gradient.scatter_add_(1, labels.clamp(min=0)[:, None], torch.full_like(gradient[:, :1], -1.0))
-    logits.copy_(torch.where(kept[:, None], gradient * scale, 0.0))
+    log_share = torch.log_softmax(wide(logits), dim=-1)
+    loss = torch.nn.functional.nll_loss(log_share, labels, ignore_index=IGNORED, reduction="none")
+    gradient = log_share.exp_()
+    gradient.scatter_add_(1, labels.clamp(min=0)[:, None], torch.full_like(gradient[:, :1], -1.0)).mul_(scale)
+    logits.copy_(gradient.masked_fill_((labels == IGNORED)[:, None], 0.0))
     return loss

@@ -47,7 +47,7 @@ class _Target:
 
     @staticmethod
     def get_current_device() -> int:
-        return 0
+        return -1  # its own cache of built kernels: a GPU in this machine never runs them
 
     @staticmethod
     def get_current_stream(device: int) -> int:
