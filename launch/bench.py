@@ -26,7 +26,9 @@ def read(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     if own["what"] not in ("train", "profile", "kernels"):
         raise ConfigError(f"what = {own['what']!r} is none of train, profile, kernels")
     if own["peer"] == "torchtitan" and not Path(own["tokenizer"], "tokenizer.json").exists():
-        raise ConfigError(f"tokenizer = {own['tokenizer']!r} holds no tokenizer.json; peer=torchtitan needs tokenizer=FOLDER")
+        raise ConfigError(
+            f"tokenizer = {own['tokenizer']!r} holds no tokenizer.json; peer=torchtitan needs tokenizer=FOLDER"
+        )
     return own, rest
 
 
@@ -43,7 +45,9 @@ def measure(own: dict[str, str], rest: list[str]) -> str:
         return profile(compose(rest), steps=int(own["steps"]) if own["steps"] != DEFAULTS["steps"] else 2)
     from deepv3.train.bench import compare
 
-    return compare(int(own["processes"]), int(own["steps"]), int(own["rounds"]), own["peer"], Path(own["tokenizer"]), rest)
+    return compare(
+        int(own["processes"]), int(own["steps"]), int(own["rounds"]), own["peer"], Path(own["tokenizer"]), rest
+    )
 
 
 if __name__ == "__main__":

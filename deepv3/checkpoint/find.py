@@ -57,7 +57,8 @@ def choose(cfg: Config, grid: Grid) -> Path | None:
     """The checkpoint that train.resume names; None to start afresh. Collective.
 
     auto: run_dir's newest sound one. never: none, and what run_dir holds is put aside in checkpoints.replaced.
-    A path: that checkpoint, or the newest one of the run in that folder.
+    A path: that checkpoint, or the newest one of the run in that folder. A path outside run_dir is where a run begins:
+    once run_dir has a sound checkpoint of its own, a restart goes on from that.
     """
     run_dir = Path(cfg.run_dir)
     if cfg.train.resume == "never":
@@ -69,6 +70,8 @@ def choose(cfg: Config, grid: Grid) -> Path | None:
     if cfg.train.resume == "auto":
         return newest(run_dir, grid)
     path = Path(cfg.train.resume)
+    if not path.resolve().is_relative_to(run_dir.resolve()) and (own := newest(run_dir, grid)) is not None:
+        return own
     if (path / FOLDER).is_dir():
         path = newest(path, grid) or path
     return path

@@ -19,8 +19,8 @@ from deepv3.model.transformer import Output, Transformer
 class StepOut:
     """Sums over this rank's micro-batches; added over data ranks they are the figures of the global batch.
 
-    loss_main, loss_mtp, loss_balance: 0-dim, FP64, mean over the global batch's tokens once summed (MTP unweighted,
-    balance weighted by alpha). counts: [n_moe, E] tokens routed to each expert. entropy, fanout: [n_moe], sums over
+    loss_main, loss_mtp, loss_balance: 0-dim, FP64, mean over the global batch's tokens once summed (MTP a mean
+    over depths without lambda, balance with alpha). counts: [n_moe, E] tokens routed to each expert. entropy, fanout: [n_moe], sums over
     tokens of the routing entropy (nats) and of the expert groups reached.
     """
 

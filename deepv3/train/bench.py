@@ -98,7 +98,10 @@ def run_torchtitan(processes: int, steps: int, tokenizer: Path) -> Side:
 
 def compare(processes: int, steps: int, rounds: int, peer: str, tokenizer: Path, overrides: list[str]) -> str:
     """Alternating rounds of both sides; the markdown table. Raises nothing: a failed side is a row that says so."""
-    table = ["| side | tokens/s/GPU, median | smallest - largest | peak GiB | start to step 1, s |", "|---|---|---|---|---|"]
+    table = [
+        "| side | tokens/s/GPU, median | smallest - largest | peak GiB | start to step 1, s |",
+        "|---|---|---|---|---|",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(rounds):
             label = f"deepv3, round {turn + 1}" + (" (cold caches)" if turn == 0 else "")

@@ -26,7 +26,7 @@ def pretrain(cfg: Config, started: float) -> None:
     shutdown()
     if not chief:
         return
-    del run
+    run.engine.release()
     finish(cfg, model, step, say)
     say(f"run folder   {cfg.run_dir}")
     for picture in pictures:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from deepv3.checkpoint import store
 from deepv3.config.schema import Config
 from deepv3.data.tokenizer import read_tokenizer
 from deepv3.export.hf import export
@@ -58,7 +57,7 @@ def finish(cfg: Config, model: Transformer, step: int, say) -> None:
             (run_dir / "sample.txt").write_text(text, encoding="utf-8")
             say(f"sample of {cfg.train.sample_tokens} tokens (run_dir/sample.txt):\n{text}\n")
         elif name == "export":
-            export(store.newest(run_dir / "checkpoints"), run_dir / "export", EXPORT_DTYPES[cfg.precision.name])
+            export(run_dir, run_dir / "export", EXPORT_DTYPES[cfg.precision.name])
         elif name == "verify":
-            say(verify(run_dir / "export")["summary"])
+            say(verify(run_dir / "export", run_dir)["summary"])
         ledger.add(name)

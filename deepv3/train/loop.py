@@ -63,7 +63,6 @@ class Run:
         self._claim_folder()
         self.data = build_data(cfg, self.grid)
         self.model = build_model(cfg, self.device)
-        self.model.init_weights(cfg.seed)
         self.engine = build_engine(self.model, cfg, self.grid)
         self.ema = WeightAverage(self.engine, cfg.optim.ema_decay) if cfg.optim.ema_decay > 0 else None
         self.executor = Executor(self.model, self.device)
@@ -81,8 +80,8 @@ class Run:
 
     def _claim_folder(self) -> None:
         """Refuse a folder that belongs to another run; write config.yaml."""
+        store.check_run_folder(self.dir, self.cfg)
         if self.chief:
-            store.check_run_folder(self.dir, self.cfg)
             self.dir.mkdir(parents=True, exist_ok=True)
             beside = self.dir / ".config.yaml"
             beside.write_text(to_yaml(self.cfg), encoding="utf-8")
@@ -90,15 +89,35 @@ class Run:
         self.grid.barrier()
 
     def _resume(self) -> Path | None:
-        """Load the checkpoint that train.resume names; None where the run starts fresh."""
+        """Load the checkpoint that train.resume names; None where the run starts fresh.
+
+        A checkpoint of this run_dir brings its place in the run; one of another run brings its state only, and tokens
+        are counted from 0 again (the long-context phases start so).
+        """
         path = store.choose(self.cfg, self.grid)
         if path is None:
             return None
         client = store.load(path, self.engine, self.model, self.ema, self.grid)
-        if self.cfg.train.resume in ("auto", "never") or path.is_relative_to(self.dir / "checkpoints"):
+        if path.resolve().is_relative_to(self.dir.resolve()):
             self.at = Progress(**client["progress"])
             self.data.train.load_state_dict(client["data"])
         return path
+
+    def announce(self) -> None:
+        """Say what is about to be trained, on what, and where it starts."""
+        if not self.chief:
+            return
+        count, model, at = arithmetic.parameters(self.cfg.model), self.cfg.model, self.at
+        self.line.say(
+            f"model    {count.total / 1e6:,.1f} M parameters, {count.active / 1e6:,.1f} M active; "
+            f"{model.num_hidden_layers} layers, {model.n_routed_experts} experts top-{model.num_experts_per_tok}"
+        )
+        for line in self.data.summary:
+            self.line.say(line)
+        start = "fresh start" if self.resumed_from is None else f"goes on from {self.resumed_from}"
+        self.line.say(
+            f"run      {self.dir}, {self.grid.world_size} process(es) on {self.device}, {start}, step {at.step + 1}"
+        )
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -120,9 +139,7 @@ class Run:
             self._validate()
         while self.fraction() < 1:
             plan = Plan.of(self.cfg, self.at)
-            batches = self.data.train.micro_batches(
-                self.at.samples, plan.sequences, self.cfg.train.micro_batch_size
-            )
+            batches = self.data.train.micro_batches(self.at.samples, plan.sequences, self.cfg.train.micro_batch_size)
             record = train_step(self, plan, batches, stop.wanted)
             self.at = plan.after
             last = self.fraction() >= 1
@@ -132,7 +149,7 @@ class Run:
             if self.device.type != "cuda" or wanted or due or last or self._due(self.cfg.train.eval_every):
                 wanted = self._report(pending) or wanted
                 pending = None
-            if self._due(self.cfg.train.eval_every) or (last and self.cfg.train.eval_every):
+            if self._due(self.cfg.train.eval_every) or last:
                 self._validate()
             if self.cfg.checkpoint.every is not None and (due or wanted or last):
                 self._save()
@@ -165,7 +182,7 @@ class Run:
     def _row(self, record, out, norm, skipped, bias_low, bias_high, seconds) -> dict:
         plan = record.plan
         rate = plan.tokens / seconds
-        row = {"step": plan.step, "tokens": plan.after.tokens, **metrics.loss_figures(out, self.cfg, plan.mtp_weight)}
+        row = {"step": plan.step, "tokens": plan.after.tokens, **metrics.loss_figures(out, plan.mtp_weight)}
         row |= {"lr": plan.lr, "bias_update_speed": plan.bias_speed, "mtp_loss_weight": plan.mtp_weight}
         row |= {"sequences": plan.sequences, "grad_norm": norm, "skipped": skipped}
         row |= {"tokens_per_second": rate, "tokens_per_second_per_gpu": rate / self.grid.world_size}
@@ -180,6 +197,8 @@ class Run:
 
     def _validate(self) -> None:
         """Mean loss over train.eval_sequences held-out sequences, the same ones each time."""
+        if not self.cfg.train.eval_every or self.data.validation is None:
+            return
         count = self.cfg.train.eval_sequences
         batches = self.data.validation.micro_batches(0, count, self.cfg.train.micro_batch_size)
         out = self.executor.evaluate(batches, loss_scale=1.0 / (count * self.cfg.data.seq_len))
@@ -188,8 +207,7 @@ class Run:
         main, mtp = figures.tolist()
         self.val_loss = main
         if self.chief:
-            depth = max(1, self.cfg.model.num_nextn_predict_layers)
-            row = {"step": self.at.step, "tokens": self.at.tokens, "val_loss": main, "val_loss_mtp": mtp / depth}
+            row = {"step": self.at.step, "tokens": self.at.tokens, "val_loss": main, "val_loss_mtp": mtp}
             self.recorder.validate(row)
 
     def _save(self) -> None:

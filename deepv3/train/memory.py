@@ -26,12 +26,17 @@ def explain(error: torch.OutOfMemoryError, cfg: Config, long_lived: dict[str, in
     parts = dict(long_lived)
     parts["activations and workspace"] = max(0, in_use - sum(long_lived.values()))
     table = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-    knobs = [f"train.micro_batch_size={max(1, cfg.train.micro_batch_size // 2)}"] if cfg.train.micro_batch_size > 1 else []
+    knobs = (
+        [f"train.micro_batch_size={max(1, cfg.train.micro_batch_size // 2)}"] if cfg.train.micro_batch_size > 1 else []
+    )
     if cfg.train.recompute != "full":
         knobs.append("train.recompute=" + ("selective" if cfg.train.recompute == "none" else "full"))
     if cfg.train.loss_chunk > 512:
         knobs.append(f"train.loss_chunk={cfg.train.loss_chunk // 2}")
-    knobs += [f"data.seq_len={cfg.data.seq_len // 2}", "more data-parallel ranks (ZeRO-1 divides master weights and moments)"]
+    knobs += [
+        f"data.seq_len={cfg.data.seq_len // 2}",
+        "more data-parallel ranks (ZeRO-1 divides master weights and moments)",
+    ]
     return ResourceError(
         f"GPU memory exhausted. In use, GiB: {table}. {str(error).split('. ')[0]}. What frees some: {'; '.join(knobs)}"
     )

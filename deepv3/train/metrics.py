@@ -47,10 +47,9 @@ def router_figures(out: StepOut, tokens: int) -> dict[str, Any]:
     }
 
 
-def loss_figures(out: StepOut, cfg: Config, mtp_weight: float) -> dict[str, float]:
-    """The objective and its parts: loss = main + lambda / D x MTP + balance (V3 2.2, 2.1.2). out: global sums."""
-    depth = max(1, cfg.model.num_nextn_predict_layers)
-    main, mtp, balance = float(out.loss_main), float(out.loss_mtp) / depth, float(out.loss_balance)
+def loss_figures(out: StepOut, mtp_weight: float) -> dict[str, float]:
+    """The objective and its parts: main + lambda x (MTP, mean over depths) + balance (V3 2.2, 2.1.2). out: global sums."""
+    main, mtp, balance = float(out.loss_main), float(out.loss_mtp), float(out.loss_balance)
     return {"loss": main + mtp_weight * mtp + balance, "loss_main": main, "loss_mtp": mtp, "loss_balance": balance}
 
 
@@ -127,7 +126,7 @@ class Recorder:
     def close(self) -> None:
         """End the wandb run."""
         if self.wandb is not None:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
 
 def _start_wandb(cfg: Config, run_dir: Path) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deepv3.config.schema import Config
 from deepv3.data.loader import Batch
+from deepv3.model.transformer import Transformer
 from deepv3.optim import ramps
 from deepv3.pipeline.executor import StepOut
 
@@ -104,6 +105,12 @@ class StepRecord:
         return out, tail[1], bool(tail[2]), tail[0] > 0, tail[3], tail[4]
 
 
+def bias_range(model: Transformer) -> Tensor:
+    """Smallest and largest router bias of the model, [2]; zeros without experts."""
+    biases = [router.e_score_correction_bias for router in model.routers()]
+    return torch.stack(torch.aminmax(torch.cat(biases))) if biases else model.norm.weight.new_zeros(2)
+
+
 def train_step(run, plan: Plan, batches: Iterable[Batch], stop_wanted: bool) -> StepRecord:
     """Run one optimizer step of `run` (a train.loop.Run) and return its record, still in flight."""
     clock = Clock(run.device)
@@ -119,8 +126,7 @@ def train_step(run, plan: Plan, batches: Iterable[Batch], stop_wanted: bool) -> 
     run.model.update_biases(counts, plan.bias_speed * (1 - skipped))
     if run.ema is not None:
         run.ema.update()
-    bias = run.model.bias_range() if n_moe else torch.zeros(2, device=run.device)
-    figures = torch.cat([figures, stats.norm.double().view(1), skipped.view(1), bias.double()])
+    figures = torch.cat([figures, stats.norm.double().view(1), skipped.view(1), bias_range(run.model).double()])
     host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=figures.is_cuda)
     host.copy_(figures, non_blocking=True)
     clock.stop()

@@ -14,7 +14,14 @@ from deepv3.train import metrics
 def sums(counts: torch.Tensor, tokens: int) -> StepOut:
     layers = counts.shape[0]
     one = torch.ones((), dtype=torch.float64)
-    return StepOut(2 * one, 3 * one, 0.5 * one, counts.double(), torch.full((layers,), 2.0 * tokens), torch.full((layers,), 4.0 * tokens))
+    return StepOut(
+        2 * one,
+        3 * one,
+        0.5 * one,
+        counts.double(),
+        torch.full((layers,), 2.0 * tokens),
+        torch.full((layers,), 4.0 * tokens),
+    )
 
 
 def test_max_vio_is_the_excess_of_the_fullest_expert_over_the_mean():
@@ -35,11 +42,9 @@ def test_a_model_without_experts_has_neutral_router_figures():
 
 
 def test_loss_is_main_plus_weighted_mean_mtp_plus_balance():
-    cfg = Config()
-    cfg.model.num_nextn_predict_layers = 2
-    figures = metrics.loss_figures(sums(torch.ones(1, 4), 4), cfg, mtp_weight=0.3)
-    assert figures["loss_mtp"] == pytest.approx(1.5)
-    assert figures["loss"] == pytest.approx(2 + 0.3 * 1.5 + 0.5)
+    figures = metrics.loss_figures(sums(torch.ones(1, 4), 4), mtp_weight=0.3)
+    assert figures["loss_mtp"] == pytest.approx(3.0)
+    assert figures["loss"] == pytest.approx(2 + 0.3 * 3 + 0.5)
 
 
 def test_packing_the_sums_and_unpacking_them_changes_nothing():

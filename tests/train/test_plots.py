@@ -9,7 +9,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def fill(run_dir):
     rows, checks, loads = (JsonLines(run_dir / f"{n}.jsonl") for n in ("metrics", "validation", "expert_load"))
     for step in range(1, 4):
-        rows.append({"step": step, "tokens": 10 * step, "loss_main": 5.0 - step, "loss_mtp": 6.0, "lr": 1e-3, "max_vio": 0.1})
+        rows.append(
+            {"step": step, "tokens": 10 * step, "loss_main": 5.0 - step, "loss_mtp": 6.0, "lr": 1e-3, "max_vio": 0.1}
+        )
         loads.append({"step": step, "counts": [[step, 1, 2, 3], [4, 4, 4, 4]]})
     checks.append({"step": 0, "tokens": 0, "val_loss": 7.0})
 
