@@ -1,7 +1,7 @@
-"""Measurements on this machine, as markdown tables: ``python launch/bench.py what=train|profile|kernels [key=value ...]``.
+"""Measurements here, as markdown tables: ``python launch/bench.py what=train|profile|kernels [key=value ...]``.
 
-what=train     tokens/s, memory and start-up of `mini`, beside TorchTitan 0.2.2 with peer=torchtitan;
-               own keys: steps, rounds, processes, peer, tokenizer (folder for TorchTitan); the rest are overrides of ours
+what=train     tokens/s, memory and start-up of `mini`, beside TorchTitan 0.2.2 with peer=torchtitan; own keys:
+               steps, rounds, processes, peer, tokenizer (folder for TorchTitan); the rest are overrides of ours
 what=profile   device time of one training step by kernel; the rest are overrides of the configuration
 what=kernels   every kernel at the shapes of `mini` and `v3_671b` beside torch's own
 """

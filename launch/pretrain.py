@@ -1,4 +1,4 @@
-"""Pre-trains a model: ``torchrun [...] launch/pretrain.py +config=NAME [key=value ...]``; plain ``python`` for one process.
+"""Pre-trains a model: ``torchrun [...] launch/pretrain.py +config=NAME [key=value ...]``, or plain ``python`` alone.
 
 ``-m`` sweeps: each combination of comma-separated values runs under its own torchrun in its own run folder.
 """
@@ -10,7 +10,7 @@ STARTED = time.time()
 import os  # noqa: E402
 import sys  # noqa: E402
 
-# CPU threads that spin at OpenMP's barriers cost a shared machine up to 4 x (measured: 600-800 against 3,000 tokens/s of `tiny`).
+# Threads that spin at OpenMP's barriers cost a shared CPU up to 4 x (600-800 against 3,000 tokens/s of `tiny`).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from deepv3.config.cli import main  # noqa: E402

@@ -19,9 +19,9 @@ from deepv3.model.transformer import Output, Transformer
 class StepOut:
     """Sums over this rank's micro-batches; added over data ranks they are the figures of the global batch.
 
-    loss_main, loss_mtp, loss_balance: 0-dim, FP64, mean over the global batch's tokens once summed (MTP a mean
-    over depths without lambda, balance with alpha). counts: [n_moe, E] tokens routed to each expert. entropy, fanout: [n_moe], sums over
-    tokens of the routing entropy (nats) and of the expert groups reached.
+    loss_main, loss_mtp, loss_balance: 0-dim, FP64, mean over the global batch's tokens once summed (MTP a mean over
+    depths without lambda, balance with alpha). counts: [n_moe, E] tokens routed to each expert. entropy, fanout:
+    [n_moe], sums over tokens of the entropy of their gates (nats) and of the expert groups reached.
     """
 
     loss_main: Tensor
@@ -44,12 +44,7 @@ class StepOut:
 
 
 def _add(total: StepOut | None, out: Output) -> StepOut:
-    new = StepOut(
-        *(t.detach().double() for t in (out.loss_main, out.loss_mtp, out.loss_balance)),
-        counts=out.counts.double(),
-        entropy=out.entropy.double(),
-        fanout=out.fanout.double(),
-    )
+    new = StepOut(*(getattr(out, name).detach().double() for name in StepOut.__dataclass_fields__))
     if total is None:
         return new
     return StepOut(*(getattr(total, name) + getattr(new, name) for name in StepOut.__dataclass_fields__))
@@ -68,7 +63,7 @@ class Executor:
         return self.model(tokens, loss_scale=loss_scale, mtp_weight=mtp_weight, documents=documents)
 
     def run(self, batches: Iterable[Batch], loss_scale: float, mtp_weight: float) -> StepOut:
-        """One step's micro-batches. loss_scale: 1 / (trained tokens of the global batch), 1/tokens (V3 2.2, Eq. 24-25)."""
+        """One step's micro-batches. loss_scale: 1 / (trained tokens of the global batch) (V3 Eq. 24-25)."""
         total: StepOut | None = None
         for batch in batches:
             out = self._forward(batch, loss_scale, mtp_weight)

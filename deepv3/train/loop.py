@@ -1,8 +1,8 @@
 """Build a run, resume it, train it to its end, and leave everything on disk.
 
-The order of events in a run: refuse what cannot work; tokenizer and data; model, engine, state of the newest checkpoint;
-then steps, with validation, checkpoints and pictures in between. The host reads a step's figures one step late on CUDA,
-so the device never waits for it.
+A run in order: refuse what cannot work; tokenizer and data; model, engine, state of the newest checkpoint; then
+steps, with validation, checkpoints and pictures in between. On CUDA the host reads a step's figures one step late, so
+the device never waits for it.
 """
 
 import resource
@@ -31,7 +31,7 @@ from deepv3.train.step import Plan, Progress, StepRecord, train_step
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a wish that all ranks learn of in the next step's all-reduce; the handler only sets it."""
+    """SIGTERM and SIGINT as a wish that all ranks learn of in the next step's all-reduce; the handler only notes it."""
 
     def __init__(self):
         self.wanted = False
@@ -157,14 +157,14 @@ class Run:
                 raise Stopped(f"stopped by a signal after step {self.at.step}; state saved, start again to go on")
 
     def _due(self, every: int | None) -> bool:
-        return bool(every) and self.at.step % every == 0
+        return every is not None and every > 0 and self.at.step % every == 0
 
     def _report(self, record: StepRecord) -> bool:
         """Turn a finished step into its row; True if any rank wants to stop."""
         out, norm, skipped, stop, bias_low, bias_high = record.read()
         self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
         plan, seconds = record.plan, record.clock.seconds()
-        if self.chief:
+        if self.recorder is not None and self.plotter is not None:
             row = self._row(record, out, norm, skipped, bias_low, bias_high, seconds)
             self.recorder.step(row)
             if plan.step == 1 or plan.step % self.cfg.logging.plot_every == 0:
@@ -206,7 +206,7 @@ class Run:
         self.grid.sum_over_data(figures)
         main, mtp = figures.tolist()
         self.val_loss = main
-        if self.chief:
+        if self.recorder is not None:
             row = {"step": self.at.step, "tokens": self.at.tokens, "val_loss": main, "val_loss_mtp": mtp}
             self.recorder.validate(row)
 
@@ -218,7 +218,7 @@ class Run:
         """Stop the background work; returns the pictures' paths (rank 0)."""
         self.data.close()
         self.line.close()
-        if not self.chief:
+        if self.recorder is None or self.plotter is None:
             return []
         self.recorder.close()
         return self.plotter.close()
@@ -234,6 +234,6 @@ def _peak_memory_gib(device: torch.device) -> float:
 def _refuse_unbuilt(cfg: Config) -> None:
     if cfg.parallel.pp_size > 1 or cfg.parallel.ep_size > 1:
         raise ConfigError(
-            f"parallel.pp_size = {cfg.parallel.pp_size}, parallel.ep_size = {cfg.parallel.ep_size}: this version trains "
-            "with data parallelism only; set parallel=single"
+            f"parallel.pp_size = {cfg.parallel.pp_size}, parallel.ep_size = {cfg.parallel.ep_size}: this version "
+            "trains with data parallelism only; set parallel=single"
         )

@@ -20,7 +20,7 @@ PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "H800": 989.4, 
 
 
 def peak_tflops(cfg: Config, device: torch.device) -> float:
-    """BF16 dense peak of the device, TFLOP/s: cluster.peak_tflops, else by the device's name, else 0 (MFU not reported)."""
+    """BF16 dense peak of the device, TFLOP/s: cluster.peak_tflops, else by its name, else 0 (no MFU then)."""
     if cfg.cluster.peak_tflops > 0 or device.type != "cuda":
         return cfg.cluster.peak_tflops
     name = torch.cuda.get_device_name(device)
@@ -48,7 +48,7 @@ def router_figures(out: StepOut, tokens: int) -> dict[str, Any]:
 
 
 def loss_figures(out: StepOut, mtp_weight: float) -> dict[str, float]:
-    """The objective and its parts: main + lambda x (MTP, mean over depths) + balance (V3 2.2, 2.1.2). out: global sums."""
+    """Objective and parts: main + lambda x (MTP, mean over depths) + balance (V3 2.2, 2.1.2). out: global sums."""
     main, mtp, balance = float(out.loss_main), float(out.loss_mtp), float(out.loss_balance)
     return {"loss": main + mtp_weight * mtp + balance, "loss_main": main, "loss_mtp": mtp, "loss_balance": balance}
 
@@ -141,7 +141,7 @@ def _start_wandb(cfg: Config, run_dir: Path) -> Any:
         project=cfg.logging.project,
         name=run_dir.name,
         dir=str(run_dir),
-        mode=cfg.logging.wandb,
+        mode=cfg.logging.wandb,  # type: ignore[arg-type]
         config=to_dict(cfg),
         settings=settings,
     )

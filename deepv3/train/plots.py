@@ -56,7 +56,7 @@ def draw_losses(run_dir: Path) -> Path | None:
 
 
 def draw_load(run_dir: Path) -> Path | None:
-    """run_dir/expert_load.png: each expert's load over the mean, sorted, first and latest record; None without records."""
+    """run_dir/expert_load.png: each expert's load over the mean, sorted, first and latest record; None without any."""
     records = JsonLines(run_dir / "expert_load.jsonl").read()
     if not records or not records[-1]["counts"]:
         return None

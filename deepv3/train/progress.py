@@ -1,4 +1,4 @@
-"""The one calm live line of a run: step, loss, tokens/s, expert balance, time left. Plain lines where no terminal is."""
+"""The one calm live line of a run: step, loss, tokens/s, expert balance, time left; plain lines without a terminal."""
 
 import sys
 import time
@@ -17,7 +17,7 @@ def duration(seconds: float) -> str:
 
 
 class LiveLine:
-    """Rank 0's console. `fraction` is the share of the run that is done, by steps or tokens, whichever ends it first."""
+    """Rank 0's console. `fraction` is the share of the run that is done."""
 
     def __init__(self, enabled: bool):
         self.console = Console(file=sys.stdout, highlight=False)

@@ -1,0 +1,98 @@
+"""Whole runs through the launch script, as a user starts them: files, resume, data parallelism, refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PRETRAIN = Path(__file__).parents[2] / "launch" / "pretrain.py"
+EXACT = ("loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm", "lr", "max_vio", "router_bias_max", "tokens")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(40):
+        lines = [f"def function_{number}_{i}(a, b):\n    return a * {i * number} + b\n" for i in range(30)]
+        (folder / f"{number}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def start(corpus: Path, run_dir: Path, *overrides: str, processes: int = 0) -> subprocess.CompletedProcess:
+    """launch/pretrain.py on a small shape; processes > 0 starts it under torchrun."""
+    arguments = [
+        "+config=tiny", f"run_dir={run_dir}", f"data.sources=[{{path: {corpus}}}]", "data.validation_fraction=0.2",
+        f"data.cache_dir={corpus.parent}/cache", "model.num_hidden_layers=3",
+        "model.hidden_size=32", "model.vocab_size=512", "data.seq_len=64", "train.micro_batch_size=2",
+        "train.global_batch_size=4", "train.eval_every=3", "train.eval_sequences=4", "train.finish=[]", "checkpoint.every=3", "logging.wandb=disabled", *overrides,
+    ]  # fmt: skip
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *torchrun, str(PRETRAIN), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory) -> Path:
+    """Six steps without a stop."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    done = start(corpus, run_dir, "train.steps=6")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_dir
+
+
+def test_a_run_leaves_every_file_it_promises(whole):
+    names = {p.name for p in whole.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "validation.jsonl", "loss.png", "expert_load.png", "exit.json"} <= names
+    assert [row["step"] for row in rows(whole)] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows(whole, "validation.jsonl")] == [0, 3, 6]
+    promised = (
+        "step tokens loss loss_main loss_mtp loss_balance lr grad_norm tokens_per_second max_vio step_seconds mfu"
+    )
+    assert set(promised.split()) <= rows(whole)[0].keys()
+    assert json.loads((whole / "exit.json").read_text())["code"] == 0
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(corpus, whole, tmp_path):
+    run_dir = tmp_path / "halves"
+    for steps in (3, 6):
+        done = start(corpus, run_dir, f"train.steps={steps}")
+        assert done.returncode == 0, done.stdout + done.stderr
+    for ours, theirs in zip(rows(run_dir), rows(whole), strict=True):
+        assert {k: ours[k] for k in EXACT} == {k: theirs[k] for k in EXACT}
+    assert rows(run_dir, "validation.jsonl")[-1] == rows(whole, "validation.jsonl")[-1]
+
+
+def test_starting_a_finished_run_again_changes_nothing(corpus, whole):
+    before = (whole / "metrics.jsonl").read_bytes()
+    done = start(corpus, whole, "train.steps=6")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_data_ranks_train_as_one_process(corpus, whole, tmp_path):
+    done = start(corpus, tmp_path / "two", "train.steps=3", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for ours, theirs in zip(rows(tmp_path / "two"), rows(whole)[:3], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        assert ours["max_vio_layers"] == theirs["max_vio_layers"]
+
+
+def test_a_folder_of_another_config_is_refused(corpus, whole):
+    done = start(corpus, whole, "train.steps=6", "model.moe_intermediate_size=64")
+    assert done.returncode == 2
+    assert "moe_intermediate_size" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_layouts_that_do_not_train_yet_are_refused(corpus, tmp_path):
+    done = start(corpus, tmp_path / "r", "train.steps=2", "parallel.pp_size=2", processes=2)
+    assert done.returncode != 0
+    assert "data parallelism only" in done.stderr
