@@ -25,9 +25,9 @@ def start(corpus: Path, run_dir: Path, *overrides: str, processes: int = 0) -> s
     """launch/pretrain.py on a small shape; processes > 0 starts it under torchrun."""
     arguments = [
         "+config=tiny", f"run_dir={run_dir}", f"data.sources=[{{path: {corpus}}}]", "data.validation_fraction=0.2",
-        f"data.cache_dir={corpus.parent}/cache", "model.num_hidden_layers=3",
-        "model.hidden_size=32", "model.vocab_size=512", "data.seq_len=64", "train.micro_batch_size=2",
-        "train.global_batch_size=4", "train.eval_every=3", "train.eval_sequences=4", "train.finish=[]", "checkpoint.every=3", "logging.wandb=disabled", *overrides,
+        f"data.cache_dir={corpus.parent}/cache", "data.seq_len=64", "model.num_hidden_layers=3", "model.hidden_size=32",
+        "model.vocab_size=512", "train.micro_batch_size=2", "train.global_batch_size=4", "train.eval_every=3",
+        "train.eval_sequences=4", "train.finish=[]", "checkpoint.every=3", "logging.wandb=disabled", *overrides,
     ]  # fmt: skip
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
