@@ -8,6 +8,7 @@ means a bug of ours. Of ranks that fail for the same reason one speaks.
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from deepv3.config.validate import validate
 from deepv3.errors import EXIT_DONE, EXIT_RESTART, ConfigError, DeepV3Error
 
 EXIT_BUG = 1
+SILENCE = 3.0  # seconds that other ranks leave rank 0 to tell of a mistake all share
 
 
 def main(run: Callable[[Config], object]) -> NoReturn:
@@ -68,6 +70,7 @@ def report(error: BaseException, run_dir: Path | None, identical: bool = False) 
         code, reason = EXIT_BUG, f"{type(error).__name__}: {error}"
     if identical:
         if rank() != 0:
+            time.sleep(SILENCE)  # torchrun ends all ranks as soon as one has ended: let rank 0 be that one
             return code
         with suppress(ConfigError):  # record_exit says so
             _open_folder(run_dir)

@@ -83,6 +83,7 @@ def test_an_end_replaces_that_of_the_attempt_before(run_dir):
 
 def test_rank_0_alone_speaks_of_a_mistake_that_all_ranks_share(run_dir, monkeypatch, capfd):
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(cli, "SILENCE", 0.0)
     for rank in "3120":
         monkeypatch.setenv("RANK", rank)
         assert cli.execute(raising(AssertionError("called")), [*GOOD, f"run_dir={run_dir}", "typo=1"]) == 2
