@@ -69,7 +69,7 @@ COMBINATIONS = [
     (["data.sources=[{path: /a, format: xml}]"], "data.sources[0].format = 'xml' is none of auto, text, parquet"),
     (["data.validation_sources=[{path: /a, weight: 0}]"], "data.validation_sources[0].weight = 0 is not positive"),
     (["data.tokenizer_vocab_size=4096"], "data.tokenizer_vocab_size = 4096 exceeds model.vocab_size = 2048"),
-    (["data.validation_fraction=0"], "train.eval_every = 50 but data.validation_fraction = 0"),
+    (["data.validation_fraction=0", "train.eval_every=50"], "train.eval_every = 50 but data.validation_fraction = 0"),
     (["run_dir=''"], "run_dir is empty"),
 ]
 
