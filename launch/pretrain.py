@@ -18,9 +18,11 @@ from deepv3.config.cli import main  # noqa: E402
 
 def pretrain(cfg) -> None:
     """Train, then do what train.finish asks for."""
+    from finish import finish
+
     from deepv3.train.entry import pretrain
 
-    pretrain(cfg, STARTED)
+    pretrain(cfg, STARTED, finish)
 
 
 if __name__ == "__main__":

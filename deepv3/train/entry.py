@@ -1,16 +1,20 @@
 """The whole of a run behind launch/pretrain.py: train, tell where things lie, do what train.finish asks for."""
 
+from collections.abc import Callable
+
 import torch
 
 from deepv3.config.schema import Config
 from deepv3.dist import shutdown
 from deepv3.train import memory
-from deepv3.train.finish import finish
 from deepv3.train.loop import Run
 
 
-def pretrain(cfg: Config, started: float) -> None:
-    """Train `cfg`. started: wall clock, seconds, of the process's first line, for the start-to-first-step figure."""
+def pretrain(cfg: Config, started: float, finish: Callable) -> None:
+    """Train `cfg`, then call finish(cfg, model, step, say) on rank 0, which does what train.finish asks for.
+
+    started: wall clock, seconds, of the process's first line, for the start-to-first-step figure.
+    """
     run = Run(cfg, started)
     try:
         if run.fraction() < 1:
