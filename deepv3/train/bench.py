@@ -9,11 +9,12 @@ import os
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from deepv3.train.sweep import torchrun
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 WARMUP_STEPS = 10
@@ -45,13 +46,9 @@ class Side:
         )
 
 
-def _torchrun(processes: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-
-
 def run_ours(processes: int, steps: int, run_dir: Path, overrides: list[str], name: str = "deepv3") -> Side:
     """One run of launch/pretrain.py; rates from its metrics.jsonl."""
-    command = [*_torchrun(processes), str(LAUNCH / "pretrain.py"), *OURS, f"train.steps={steps}", f"run_dir={run_dir}"]
+    command = [*torchrun(processes), str(LAUNCH / "pretrain.py"), *OURS, f"train.steps={steps}", f"run_dir={run_dir}"]
     began = time.time()
     done = subprocess.run([*command, *overrides], capture_output=True, text=True)
     side = Side(name)
@@ -80,7 +77,7 @@ def run_torchtitan(processes: int, steps: int, tokenizer: Path) -> Side:
     arguments = [part for key, value in flags.items() for part in (f"--{key}", value)]
     arguments += ["--debug.moe_force_load_balance", "--compile.enable"]
     environment = os.environ | {"PYTHONPATH": f"{LAUNCH}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [*_torchrun(processes), "--local-ranks-filter", "0", "-m", "torchtitan.train", *arguments]
+    command = [*torchrun(processes), "--local-ranks-filter", "0", "-m", "torchtitan.train", *arguments]
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)

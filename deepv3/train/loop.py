@@ -234,6 +234,7 @@ def _peak_memory_gib(device: torch.device) -> float:
 def _refuse_unbuilt(cfg: Config) -> None:
     if cfg.parallel.pp_size > 1 or cfg.parallel.ep_size > 1:
         raise ConfigError(
-            f"parallel.pp_size = {cfg.parallel.pp_size}, parallel.ep_size = {cfg.parallel.ep_size}, parallel.schedule = "
-            f"{cfg.parallel.schedule}: this version trains with data parallelism only; set parallel=single"
+            f"parallel.pp_size = {cfg.parallel.pp_size}, parallel.ep_size = {cfg.parallel.ep_size} "
+            f"(parallel.schedule = {cfg.parallel.schedule}): this version trains with data parallelism only; "
+            "set parallel=single"
         )
