@@ -18,9 +18,10 @@ from deepv3.train.sweep import torchrun
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 WARMUP_STEPS = 10
+LOCAL_BATCH = 2  # sequences per device and optimizer step, on both sides
 OURS = (
     "+config=mini", "model.force_balance=true", "model.num_nextn_predict_layers=0", "train.eval_every=0",
-    "checkpoint.every=null", "logging.wandb=disabled", "train.finish=[]",
+    "checkpoint.every=null", "logging.wandb=disabled", "train.finish=[]", f"train.micro_batch_size={LOCAL_BATCH}",
 )  # fmt: skip
 
 
@@ -48,7 +49,8 @@ class Side:
 
 def run_ours(processes: int, steps: int, run_dir: Path, overrides: list[str], name: str = "deepv3") -> Side:
     """One run of launch/pretrain.py; rates from its metrics.jsonl."""
-    command = [*torchrun(processes), str(LAUNCH / "pretrain.py"), *OURS, f"train.steps={steps}", f"run_dir={run_dir}"]
+    length = [f"train.steps={steps}", f"train.global_batch_size={LOCAL_BATCH * processes}", f"run_dir={run_dir}"]
+    command = [*torchrun(processes), str(LAUNCH / "pretrain.py"), *OURS, *length]
     began = time.time()
     done = subprocess.run([*command, *overrides], capture_output=True, text=True)
     side = Side(name)
@@ -68,7 +70,7 @@ def run_torchtitan(processes: int, steps: int, tokenizer: Path) -> Side:
     flags = {
         "experimental.custom_import": "peer_torchtitan", "model.name": "deepseek_v3", "model.flavor": "mini",
         "model.hf_assets_path": str(tokenizer), "training.dataset": "long_documents", "training.seq_len": "4096",
-        "training.local_batch_size": "2", "training.steps": str(steps), "lr_scheduler.warmup_steps": "2",
+        "training.local_batch_size": str(LOCAL_BATCH), "training.steps": str(steps), "lr_scheduler.warmup_steps": "2",
         "metrics.log_freq": "1", "activation_checkpoint.mode": "selective",
         "activation_checkpoint.selective_ac_option": "op",
     }  # fmt: skip
