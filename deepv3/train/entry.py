@@ -15,7 +15,10 @@ def pretrain(cfg: Config, started: float, finish: Callable) -> None:
 
     started: wall clock, seconds, of the process's first line, for the start-to-first-step figure.
     """
-    run = Run(cfg, started)
+    try:
+        run = Run(cfg, started)
+    except torch.OutOfMemoryError as error:
+        raise memory.explain(error, cfg, {}) from error
     try:
         if run.fraction() < 1:
             run.announce()

@@ -83,7 +83,7 @@ def test_v3_extension_phases_are_v3_with_yarn():
 @pytest.mark.parametrize(
     "tokens, lr, gamma, weight, batch",
     [
-        (100e9, 2.2e-4, 1e-3, 0.3, 3072),
+        (100e9, 2.2e-4, 1e-3, 0.3, 5632),
         (469e9, 2.2e-4, 1e-3, 0.3, 15360),
         (9.99e12, 2.2e-4, 1e-3, 0.3, 15360),
         (10.01e12, 2.2e-4, 1e-3, 0.1, 15360),
