@@ -176,7 +176,9 @@ class BatchRamp:
     start: int = knob(3072, "Sequences per step at the start (V3 4.2).")
     end: int = knob(15360, "Sequences per step from `tokens` on (V3 4.2).")
     tokens: float = knob(469e9, "Length of the ramp, tokens (V3 4.2).")
-    increment: int = knob(128, "Batch grows in steps of this many sequences, a multiple of dp x micro_batch_size (not stated).")
+    increment: int = knob(
+        128, "Batch grows in steps of this many sequences, a multiple of dp x micro_batch_size (not stated)."
+    )
 
 
 @dataclass
