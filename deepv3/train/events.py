@@ -1,7 +1,7 @@
 """What happened to a run beside its steps: saves, skips, rewinds, restarts, alarms; one JSON object a line.
 
-``run_dir/events.jsonl`` holds rows {time, step, kind, text} in the order they happened. Unlike metrics.jsonl it is never
-cut on resume: a rewind is a fact even where the steps it undid are gone, so steps may go back from one row to the next.
+``run_dir/events.jsonl`` holds rows {time, step, kind, text} in the order they happened. Unlike metrics.jsonl it is
+never cut on resume: a rewind is a fact even where the steps it undid are gone, so steps may go back between two rows.
 """
 
 import json
