@@ -28,6 +28,7 @@ from deepv3.train import metrics
 from deepv3.train.plots import Plotter
 from deepv3.train.progress import LiveLine
 from deepv3.train.step import Plan, Progress, StepRecord, train_step
+from deepv3.train.trace import Pauses
 
 
 class StopSignal:
@@ -60,6 +61,7 @@ class Run:
         self.skipped_in_row = 0
         self.val_loss: float | None = None
         self.line = LiveLine(cfg.logging.progress and self.chief)
+        self.pauses = Pauses()
         self._claim_folder()
         self.data = build_data(cfg, self.grid)
         self.model = build_model(cfg, self.device)
@@ -150,9 +152,11 @@ class Run:
                 wanted = self._report(pending) or wanted
                 pending = None
             if self._due(self.cfg.train.eval_every) or last:
-                self._validate()
+                with self.pauses.span("validation"):
+                    self._validate()
             if self.cfg.checkpoint.every is not None and (due or wanted or last):
-                self._save()
+                with self.pauses.span("checkpoint"):
+                    self._save()
             if wanted and not last:
                 raise Stopped(f"stopped by a signal after step {self.at.step}; state saved, start again to go on")
 
@@ -189,6 +193,7 @@ class Run:
         for name, causal in (("mfu", True), ("mfu_full_attention", False)):
             row[name] = self.flops[causal] * rate / self.peak_flops if self.peak_flops else 0.0
         row |= {"memory_gib": _peak_memory_gib(self.device), "step_seconds": seconds}
+        row |= record.spans.fields() | self.pauses.take()
         row |= metrics.router_figures(out, plan.tokens)
         row |= {"router_bias_min": bias_low, "router_bias_max": bias_high}
         if plan.step == self.first_step:

@@ -22,6 +22,7 @@ from deepv3.data.loader import Batch
 from deepv3.model.transformer import Transformer
 from deepv3.optim import ramps
 from deepv3.pipeline.executor import StepOut
+from deepv3.train.trace import Spans
 
 
 @dataclass
@@ -90,12 +91,13 @@ class Clock:
 
 @dataclass
 class StepRecord:
-    """A step under way: its plan, its clock and its figures on their way to the host."""
+    """A step under way: its plan, its clock, its spans and its figures on their way to the host."""
 
     plan: Plan
     clock: Clock
     figures: Tensor
     n_moe: int
+    spans: Spans
 
     def read(self) -> tuple[StepOut, float, bool, bool, float, float]:
         """Wait for the figures: (global sums, grad norm, skipped, stop wanted, smallest and largest router bias)."""
@@ -113,21 +115,25 @@ def bias_range(model: Transformer) -> Tensor:
 
 def train_step(run, plan: Plan, batches: Iterable[Batch], stop_wanted: bool) -> StepRecord:
     """Run one optimizer step of `run` (a train.loop.Run) and return its record, still in flight."""
-    clock = Clock(run.device)
+    clock, spans = Clock(run.device), Spans(run.device)
     run.engine.begin_step()
-    out = run.executor.run(batches, loss_scale=1.0 / plan.tokens, mtp_weight=plan.mtp_weight)
+    with spans.span("compute"):
+        source = spans.waiting("data", batches)
+        out = run.executor.run(source, loss_scale=1.0 / plan.tokens, mtp_weight=plan.mtp_weight)
     figures = torch.cat([out.pack(), torch.tensor([float(stop_wanted)], dtype=torch.float64, device=run.device)])
     if run.grid.world_size > 1:
-        dist.all_reduce(figures)
-    stats = run.engine.finish_step(plan.lr)
+        with spans.span("comm_exposed"):
+            dist.all_reduce(figures)
     n_moe = out.entropy.numel()
-    counts = StepOut.unpack(figures[:-1], n_moe).counts
-    skipped = stats.skipped.double()
-    run.model.update_biases(counts, plan.bias_speed * (1 - skipped))
-    if run.ema is not None:
-        run.ema.update()
+    with spans.span("optimizer"):
+        stats = run.engine.finish_step(plan.lr)
+        counts = StepOut.unpack(figures[:-1], n_moe).counts
+        skipped = stats.skipped.double()
+        run.model.update_biases(counts, plan.bias_speed * (1 - skipped))
+        if run.ema is not None:
+            run.ema.update()
     figures = torch.cat([figures, stats.norm.double().view(1), skipped.view(1), bias_range(run.model).double()])
     host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=figures.is_cuda)
     host.copy_(figures, non_blocking=True)
     clock.stop()
-    return StepRecord(plan, clock, host, n_moe)
+    return StepRecord(plan, clock, host, n_moe, spans)
