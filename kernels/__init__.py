@@ -13,13 +13,19 @@ from typing import Any
 from deepv3.kernels.reference import activation as _activation
 from deepv3.kernels.reference import adamw as _adamw
 from deepv3.kernels.reference import balance as _balance
+from deepv3.kernels.reference import e5m6 as _e5m6
 from deepv3.kernels.reference import embedding as _embedding
 from deepv3.kernels.reference import gemm as _gemm
+from deepv3.kernels.reference import gemm8 as _gemm8
 from deepv3.kernels.reference import loss as _loss
 from deepv3.kernels.reference import norm as _norm
+from deepv3.kernels.reference import norm8 as _norm8
+from deepv3.kernels.reference import quantise as _quantise
+from deepv3.kernels.reference import requantise as _requantise
 from deepv3.kernels.reference import rope as _rope
 from deepv3.kernels.reference import router as _router
 from deepv3.kernels.reference import routing as _routing
+from deepv3.kernels.reference import swiglu8 as _swiglu8
 
 __all__ = [
     "adamw_",
@@ -30,20 +36,38 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_",
     "dense_wgrad_",
+    "dequantise_rows",
+    "e5m6_pack",
+    "e5m6_unpack",
     "embedding_wgrad_",
+    "fp8_mm",
+    "fp8_wgrad_",
+    "grouped_fp8_mm",
+    "grouped_fp8_wgrad_",
     "grouped_mm",
     "grouped_mm_t",
     "grouped_wgrad_",
     "permute",
+    "permute_fp8",
+    "quantise_blocks",
+    "quantise_both",
+    "quantise_columns",
+    "quantise_rows",
+    "requantise",
     "rmsnorm",
     "rmsnorm_backward",
+    "rmsnorm_fp8",
+    "rmsnorm_fp8_columns",
     "rope_query_",
     "router_topk",
     "router_topk_backward",
     "routing_tables",
+    "row_bound",
     "sum_of_squares",
     "swiglu",
     "swiglu_backward",
+    "swiglu_fp8",
+    "swiglu_fp8_backward",
     "unpermute",
 ]
 
@@ -89,3 +113,22 @@ grouped_wgrad_ = _by_device(_gemm.grouped_wgrad_)
 embedding_wgrad_ = _by_device(_embedding.embedding_wgrad_)
 adamw_ = _by_device(_adamw.adamw_)
 sum_of_squares = _by_device(_adamw.sum_of_squares)
+
+quantise_rows = _by_device(_quantise.quantise_rows)
+quantise_columns = _by_device(_quantise.quantise_columns)
+quantise_both = _by_device(_quantise.quantise_both)
+quantise_blocks = _by_device(_quantise.quantise_blocks)
+dequantise_rows = _by_device(_quantise.dequantise_rows)
+permute_fp8 = _by_device(_requantise.permute_fp8)
+requantise = _by_device(_requantise.requantise)
+fp8_mm = _by_device(_gemm8.fp8_mm)
+fp8_wgrad_ = _by_device(_gemm8.fp8_wgrad_)
+grouped_fp8_mm = _by_device(_gemm8.grouped_fp8_mm)
+grouped_fp8_wgrad_ = _by_device(_gemm8.grouped_fp8_wgrad_)
+swiglu_fp8 = _by_device(_swiglu8.swiglu_fp8)
+swiglu_fp8_backward = _by_device(_swiglu8.swiglu_fp8_backward)
+rmsnorm_fp8 = _by_device(_norm8.rmsnorm_fp8)
+rmsnorm_fp8_columns = _by_device(_norm8.rmsnorm_fp8_columns)
+e5m6_pack = _by_device(_e5m6.e5m6_pack)
+e5m6_unpack = _by_device(_e5m6.e5m6_unpack)
+row_bound = _routing.row_bound

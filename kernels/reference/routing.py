@@ -9,28 +9,43 @@ from torch import Tensor
 from deepv3.kernels.reference.norm import wide
 
 
-def routing_tables(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sort the (token, choice) pairs by expert, then by token.
+def row_bound(pairs: int, n_experts: int, align: int) -> int:
+    """The most rows `pairs` (token, choice) pairs can take when each expert's rows are filled up to a multiple."""
+    return (pairs + min(n_experts, pairs) * (align - 1)) // align * align
 
-    indices: [T, K] int32, distinct within a token. Returns, all int32: slot_of_token [T, K] (row of the sorted order),
-    token_of_slot [T * K], offsets [E] (cumulative ends of the experts' rows), counts [E].
-    Example: indices [[1], [0], [1]] give slots [[1], [0], [2]], tokens [1, 0, 2], offsets [1, 3], counts [1, 2].
+
+def routing_tables(indices: Tensor, n_experts: int, align: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sort the (token, choice) pairs by expert, then by token; every expert's rows end at a multiple of `align`.
+
+    indices: [T, K] int32, distinct within a token; -1 is a choice that is not here. FP8 weight gradients need align =
+    128. Returns, all int32: slot_of_token [T, K] (row of the sorted order, -1 where the choice is not here),
+    token_of_slot [`row_bound`(T K, E, align)] (-1 for rows that fill up), offsets [E] (cumulative ends of the experts'
+    rows, filling included), counts [E] (without it).
+    Example: indices [[1], [0], [1]] give slots [[1], [0], [2]], tokens [1, 0, 2], offsets [1, 3], counts [1, 2];
+    with align = 2: slots [[2], [0], [3]], tokens [1, -1, 0, 2], offsets [2, 4] and the same counts.
     """
     flat = indices.reshape(-1).long()
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=n_experts)
-    slots = torch.empty_like(flat).scatter_(0, order, torch.arange(flat.numel(), device=flat.device))
-    tokens = torch.div(order, indices.shape[1], rounding_mode="floor")
-    return slots.view(indices.shape).int(), tokens.int(), counts.cumsum(0).int(), counts.int()
+    key = torch.where(flat < 0, n_experts, flat)
+    order = torch.argsort(key, stable=True)
+    counts = torch.bincount(key, minlength=n_experts + 1)[:n_experts]
+    filled = (counts + align - 1) // align * align
+    ends = filled.cumsum(0)
+    here = order[: int(counts.sum())]
+    moved = (ends - filled) - (counts.cumsum(0) - counts)  # of an expert's first row, by the filling before it
+    rows = torch.arange(here.numel(), device=flat.device) + moved[key[here]]
+    slots = torch.full_like(flat, -1).scatter_(0, here, rows)
+    tokens = torch.full((row_bound(flat.numel(), n_experts, align),), -1, dtype=torch.int32, device=flat.device)
+    tokens[rows] = torch.div(here, indices.shape[1], rounding_mode="floor").int()
+    return slots.view(indices.shape).int(), tokens, ends.int(), counts.int()
 
 
 def permute(x: Tensor, token_of_slot: Tensor) -> Tensor:
-    """rows[r] = x[token_of_slot[r]]. x: [T, D]; token_of_slot: [R] int32. Returns [R, D]."""
-    return x.index_select(0, token_of_slot)
+    """rows[r] = x[token_of_slot[r]], zeros where that is -1. x: [T, D]; token_of_slot: [R] int32. Returns [R, D]."""
+    return x.index_select(0, token_of_slot.clamp(min=0)).masked_fill((token_of_slot < 0)[:, None], 0.0)
 
 
 def unpermute(rows: Tensor, slot_of_token: Tensor, base: Tensor | None = None) -> Tensor:
-    """y[t] = base[t] + sum over k, in order, of rows[slot_of_token[t, k]], in FP32, rounded once.
+    """y[t] = base[t] + sum over k, in order, of rows[slot_of_token[t, k]], in FP32, rounded once; -1 adds nothing.
 
     rows: [R, D]; slot_of_token: [T, K] int32; base: [T, D], the shared expert's output. Returns [T, D].
     """
@@ -39,5 +54,6 @@ def unpermute(rows: Tensor, slot_of_token: Tensor, base: Tensor | None = None) -
     if base is not None:
         total += base
     for k in range(top_k):
-        total += rows.index_select(0, slot_of_token[:, k])
+        slots = slot_of_token[:, k]
+        total += rows.index_select(0, slots.clamp(min=0)).masked_fill((slots < 0)[:, None], 0.0)
     return total.to(rows.dtype)
