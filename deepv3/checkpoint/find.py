@@ -5,7 +5,7 @@ from logging import getLogger
 from pathlib import Path
 
 from deepv3.checkpoint import manifest as manifests
-from deepv3.checkpoint.publish import steps
+from deepv3.checkpoint.publish import step_of, steps
 from deepv3.checkpoint.reader import Reader
 from deepv3.config.compose import differences
 from deepv3.config.schema import Config
@@ -24,7 +24,9 @@ def newest(run_dir: Path, grid: Grid | None = None) -> Path | None:
     CheckpointError where every one is damaged, because starting afresh would bury them.
     """
     grid = grid or Grid(1, 0)
-    candidates = [Path(p) for p in grid.gather([str(p) for p in steps(Path(run_dir) / FOLDER)])[0]]
+    folder = Path(run_dir) / FOLDER
+    seen = grid.gather([path.name for path in steps(folder)])  # a disk of one node may lack what another published
+    candidates = [folder / name for name in seen[0] if all(name in names for names in seen)]
     damaged = []
     for path in candidates:
         wrong = problems(path, grid)
@@ -42,15 +44,37 @@ def newest(run_dir: Path, grid: Grid | None = None) -> Path | None:
 
 
 def problems(path: Path, grid: Grid) -> list[str]:
-    """What keeps a checkpoint from being read, in words: files, sizes, hashes. Collective; the ranks share the work."""
+    """What keeps a checkpoint from being read, in words: files, sizes, hashes. Collective; the ranks share the work.
 
-    def look() -> list[str]:
+    Each shard is looked at by one rank; one that lies on another node's disk, by the first rank that sees it.
+    """
+
+    def look() -> tuple[list[str], list[str]]:
         try:
-            return Reader(path).verify(grid.rank, grid.world_size)
+            return Reader(path, complete=False).verify(grid.rank, grid.world_size)
         except CheckpointError as error:
-            return [str(error)]
+            return [str(error)], []
 
-    return list(dict.fromkeys(problem for found in grid.gather(look()) for problem in found))
+    found = grid.gather(look())
+    wrong = [problem for here, _ in found for problem in here]
+    absent = [name for _, names in found for name in names]
+    if absent and not wrong:
+        reader = Reader(path, complete=False)
+        elsewhere = {name: reader.look_at(name) for name in absent if (path / name).exists()}
+        known = [rank for rank in grid.gather(elsewhere) if rank]
+        for name in absent:
+            results = [rank[name] for rank in known if name in rank]
+            wrong += results[:1] if results else [f"{path / name}: missing, so the checkpoint is incomplete"]
+    return list(dict.fromkeys(problem for problem in wrong if problem))
+
+
+def other_checkpoints(path: Path) -> str:
+    """What to do about a checkpoint that cannot be read: the ones beside it, newest first."""
+    beside = [other for other in steps(path.parent) if other.name != path.name]
+    before = [other for other in beside if manifests.STEP.fullmatch(path.name) and step_of(other) < step_of(path)]
+    if not beside:
+        return f"Give train.resume another checkpoint; {path.parent} holds none"
+    return f"Give train.resume another checkpoint, e.g. train.resume={(before or beside)[0]}"
 
 
 def choose(cfg: Config, grid: Grid) -> Path | None:

@@ -1,7 +1,7 @@
 """The folders of a run's checkpoints on the disk: room for one, the rename that publishes it, and how many are kept.
 
 run_dir/checkpoints/step-00000123/            published: complete
-                    .step-00000124.partial/   being written, or left by a kill: nobody reads it
+                    .step-00000124.<token>.partial/   being written, or left by a kill: nobody reads it
                     abandoned-step-00000130/  later steps of a run that was wound back
                     latest                    link to the newest, for people; nothing reads it
 """
@@ -20,16 +20,19 @@ from deepv3.errors import ResourceError
 def steps(folder: Path) -> list[Path]:
     """Published checkpoints in a folder, newest first, sound or not."""
     found = [path for path in folder.iterdir() if manifests.STEP.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def prepare(final: Path) -> Path:
-    """Make the empty hidden folder in which `final` is written; leftovers of killed saves go."""
-    for stale in final.parent.glob(".step-*"):
-        shutil.rmtree(stale)
-    hidden = final.with_name(f".{final.name}.partial")
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.name[5:])
+
+
+def prepare(hidden: Path) -> None:
+    """Make the empty hidden folder in which a checkpoint is written; leftovers of killed saves go."""
+    for stale in hidden.parent.glob(".step-*"):
+        shutil.rmtree(stale, ignore_errors=True)  # a straggler of the killed run may still write there
     hidden.mkdir(parents=True)
-    return hidden
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -60,18 +63,20 @@ def publish(hidden: Path, final: Path, content: Manifest) -> None:
         beside.replace(final.with_name("latest"))
 
 
-def retain(latest: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints up to `latest`; move later steps out of the way."""
+def retain(latest: Path, keep: int, keep_every: int) -> None:
+    """Remove all but the `keep` newest checkpoints up to `latest` and those of every keep_every-th step (0: none of
+    them); move later steps out of the way."""
     older = []
     for path in steps(latest.parent):
-        if int(path.name[5:]) > int(latest.name[5:]):
+        if step_of(path) > step_of(latest):
             aside = path.with_name(f"abandoned-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
         elif path.name != latest.name:
             older.append(path)
     for path in older[max(keep, 1) - 1 :]:
-        _discard(path)
+        if not keep_every or step_of(path) % keep_every:
+            _discard(path)
 
 
 def _discard(path: Path) -> None:

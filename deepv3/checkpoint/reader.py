@@ -22,13 +22,15 @@ _proven: set[tuple] = set()  # shards whose hash this process has already seen t
 class Reader:
     """Random access to a checkpoint. Raises CheckpointError where it is incomplete: missing or of another size.
 
-    shapes: global shape of every parameter; buffers: names of those stored whole.
+    shapes: global shape of every parameter; buffers: names of those stored whole. complete: whether every shard is
+    looked for at once; else each one when it is read, for a rank that needs a few of thousands.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, complete: bool = True):
         self.folder = Path(folder)
         self.manifest = manifests.read(self.folder)
         self.shapes = {name: tuple(shape) for name, shape in self.manifest.shapes.items()}
+        self._shards = {shard.name: shard for shard in self.manifest.shards}
         self._where: dict[str, list[tuple[int, int, str]]] = {name: [] for name in self.shapes}
         self._buffers: dict[str, str] = {}
         self._opened: dict[str, Opened] = {}
@@ -36,7 +38,8 @@ class Reader:
             for name, first, end in shard.slices:
                 self._where[name].append((first, end, shard.name))
             self._buffers |= dict.fromkeys(shard.buffers, shard.name)
-            _require_size(self.folder / shard.name, shard.size)
+            if complete:
+                _require_size(self.folder / shard.name, shard.size)
         for places in self._where.values():
             places.sort()
 
@@ -45,23 +48,33 @@ class Reader:
         """Names of the buffers."""
         return list(self._buffers)
 
-    def verify(self, part: int = 0, parts: int = 1) -> list[str]:
-        """What is wrong with every parts-th shard, beginning with `part`, in words: hashes against the manifest."""
-        problems = []
+    def verify(self, part: int = 0, parts: int = 1) -> tuple[list[str], list[str]]:
+        """What is wrong with every parts-th shard, beginning with `part`, in words, and which of them are not there."""
+        problems, absent = [], []
         for shard in self.manifest.shards[part::parts]:
-            path = self.folder / shard.name
-            try:
-                stat = path.stat()
-                seen = (path.resolve(), stat.st_size, stat.st_mtime_ns, shard.sha256)
-                if seen in _proven:
-                    continue
-                if sha256(path) != shard.sha256:
-                    problems.append(f"{path}: content does not match its SHA-256 in the manifest: damaged")
-                else:
-                    _proven.add(seen)
-            except OSError as error:
-                problems.append(f"{path}: cannot be read: {error}")
-        return problems
+            if (self.folder / shard.name).exists():
+                problems.append(self.look_at(shard.name))
+            else:
+                absent.append(shard.name)
+        return [problem for problem in problems if problem], absent
+
+    def look_at(self, name: str) -> str | None:
+        """What is wrong with a shard, in words: its size and hash against the manifest's."""
+        shard, path = self._shards[name], self.folder / name
+        try:
+            stat = path.stat()
+            seen = (path.resolve(), stat.st_size, stat.st_mtime_ns, shard.sha256)
+            if seen in _proven:
+                return None
+            _require_size(path, shard.size)
+            if sha256(path) != shard.sha256:
+                return f"{path}: content does not match its SHA-256 in the manifest: damaged"
+            _proven.add(seen)
+        except CheckpointError as error:
+            return str(error)
+        except OSError as error:
+            return f"{path}: cannot be read: {error.strerror or error}"
+        return None
 
     def read_flat(self, kind: str, name: str, lo: int, hi: int, out: Tensor) -> None:
         """Elements [lo, hi) of a parameter's flattened tensor into `out` [hi - lo], of any device and format."""
@@ -106,6 +119,7 @@ class Reader:
 
     def _open(self, name: str) -> Opened:
         if name not in self._opened:
+            _require_size(self.folder / name, self._shards[name].size)
             self._opened[name] = Opened(self.folder / name)
         return self._opened[name]
 

@@ -1,8 +1,9 @@
 """One rank's tensors in one safetensors file, written as a stream.
 
-The library's own writer wants every tensor as bytes in memory at once. This one lays out the header first, then copies,
-hashes and writes 64 MiB at a time, so that a GPU rank needs no second copy of its state on the host. Reading is the
-library's, which maps the file. Keys: ``<kind>/<global name>/<first element>`` for flat slices, ``<kind>/<name>`` else.
+The library's own writer wants every tensor as bytes in memory at once. This one lays out the header first, then hashes
+and writes a stream of blocks, which come from the tensors themselves, 64 MiB at a time and without a second copy of the
+state (`Live`), or from the copy of them that training has left behind (snapshot.py). Reading is the library's, which
+maps the file. Keys: ``<kind>/<global name>/<first element>`` for flat slices, ``<kind>/<name>`` else.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,19 +30,21 @@ class Written(NamedTuple):
     sha256: str
 
 
-def size_of(tensors: Iterable[tuple[str, Tensor]]) -> int:
-    """Bytes that `write` will put on the disk."""
-    tensors = list(tensors)
-    return len(_header(tensors)) + sum(tensor.nbytes for _, tensor in tensors)
+class Source(Protocol):
+    """A file's content. size: bytes."""
+
+    @property
+    def size(self) -> int: ...
+
+    def blocks(self) -> Iterator[bytes | memoryview]:
+        """The content from the first byte to the last."""
 
 
-@torch.no_grad()
-def write(path: Path, tensors: list[tuple[str, Tensor]]) -> Written:
-    """Write contiguous tensors of any device and see them on the disk (fsync). Raises OSError."""
+def write(path: Path, source: Source) -> Written:
+    """Write a file and see it on the disk (fsync). Raises OSError."""
     digest, size = hashlib.sha256(), 0
-    staging = torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True) if any(t.is_cuda for _, t in tensors) else None
     with open(path, "wb") as file:
-        for block in _blocks(tensors, staging):
+        for block in source.blocks():
             file.write(block)
             digest.update(block)
             size += len(block)
@@ -65,7 +68,8 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _header(tensors: list[tuple[str, Tensor]]) -> bytes:
+def header(tensors: Iterable[tuple[str, Tensor]]) -> bytes:
+    """What stands before the tensors' bytes: their keys, formats, shapes and places."""
     entries, end = {}, 0
     for key, tensor in tensors:
         begin, end = end, end + tensor.nbytes
@@ -75,17 +79,27 @@ def _header(tensors: list[tuple[str, Tensor]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _blocks(tensors: list[tuple[str, Tensor]], staging: Tensor | None) -> Iterator[bytes | memoryview]:
-    yield _header(tensors)
-    for _, tensor in tensors:
-        for part in tensor.detach().reshape(-1).view(torch.uint8).split(BLOCK):
-            if part.is_cuda:
-                assert staging is not None
-                host = staging[: part.numel()]
-                host.copy_(part)
-            else:
-                host = part
-            yield host.numpy().data
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A contiguous tensor's bytes, [nbytes] uint8, as a view."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+class Live:
+    """Contiguous tensors of any device as a file; they must not change until it is written."""
+
+    def __init__(self, tensors: list[tuple[str, Tensor]]):
+        self._header, self._tensors = header(tensors), [tensor for _, tensor in tensors]
+        self.size = len(self._header) + sum(tensor.nbytes for tensor in self._tensors)
+
+    def blocks(self) -> Iterator[bytes | memoryview]:
+        """See Source. A block of a device tensor is good until the next one is asked for."""
+        yield self._header
+        on_device = any(tensor.is_cuda for tensor in self._tensors)
+        staging = torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True) if on_device else torch.empty(0)
+        for tensor in self._tensors:
+            for part in as_bytes(tensor).split(BLOCK):
+                host = staging[: part.numel()].copy_(part) if part.is_cuda else part
+                yield host.numpy().data
 
 
 class Opened:

@@ -176,11 +176,11 @@ def _write_fails(run_dir, error, only_rank):
     run = start(cfg)
     real = shards.write
 
-    def broken(path, tensors):
+    def broken(path, source):
         if run.grid.rank == only_rank:
             path.write_bytes(b"half")
             raise error
-        return real(path, tensors)
+        return real(path, source)
 
     shards.write = broken
     try:
