@@ -107,7 +107,6 @@ def _unpermute_kernel(
     slot_of_token_ptr,
     base_ptr,
     y_ptr,
-    n_rows,
     n_cols,
     base_stride,
     BASE: tl.constexpr,
@@ -123,7 +122,7 @@ def _unpermute_kernel(
         total += tl.load(base_ptr + token * base_stride + cols, mask=mask, other=0.0).to(tl.float32)
     for k in tl.static_range(TOP_K):
         slot = tl.load(slot_of_token_ptr + token * TOP_K + k).to(tl.int64)
-        total += tl.load(rows_ptr + slot * n_cols + cols, mask=mask & (slot < n_rows), other=0.0).to(tl.float32)
+        total += tl.load(rows_ptr + slot * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + token * n_cols + cols, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -194,7 +193,6 @@ def unpermute(rows: Tensor, slot_of_token: Tensor, base: Tensor | None = None) -
             slot_of_token,
             start,
             y,
-            rows.shape[0],
             n_cols,
             start.stride(0),
             BASE=base is not None,

@@ -47,12 +47,8 @@ def permute(x: Tensor, token_of_slot: Tensor) -> Tensor:
 def unpermute(rows: Tensor, slot_of_token: Tensor, base: Tensor | None = None) -> Tensor:
     """y[t] = base[t] + sum over k, in order, of rows[slot_of_token[t, k]], in FP32, rounded once; -1 adds nothing.
 
-    rows: [R, D]; slot_of_token: [T, K] int32; base: [T, D], the shared expert's output. Returns [T, D]. A slot past the
-    rows (R or more) has no row and adds nothing: with expert parallelism that choice went to another rank.
+    rows: [R, D]; slot_of_token: [T, K] int32; base: [T, D], the shared expert's output. Returns [T, D].
     """
-    if rows.shape[0] < slot_of_token.numel():  # else the slots are a permutation of the rows
-        slot_of_token = slot_of_token.clamp(max=rows.shape[0])
-        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     tokens, top_k = slot_of_token.shape
     total = torch.zeros(tokens, rows.shape[1], dtype=wide(rows[:0]).dtype, device=rows.device)
     if base is not None:
