@@ -6,6 +6,9 @@ so the pipeline is outermost and the ranks that share one set of experts are con
 of the one array ``Grid.ranks[pp, edp, ep]``. For 8 ranks with pp_size 2 and ep_size 2, ``ranks`` is
 [[[0 1] [2 3]] [[4 5] [6 7]]]; rank 5 then has zero [4 5 6 7], ep [4 5], edp [5 7], pp_act and pp_grad [1 5].
 
+`mirrored` (bidirectional DualPipe): pipeline ranks r and PP-1-r hold the same two stages, so they share zero and edp.
+The sum of the twin copies, sharding over 2 x DP and counting each element once in the norm follow from that alone.
+
 Groups are made when first asked for. Making one is collective, so all ranks ask for the same names in the same order.
 Host-side agreement (gathered objects, barriers) goes over a gloo group of its own and never waits for the device.
 """
@@ -30,7 +33,7 @@ from deepv3.errors import ConfigError
 DEVICE_TIMEOUT = datetime.timedelta(minutes=30)
 HOST_TIMEOUT = datetime.timedelta(hours=12)
 
-GROUPS = ("world", "host", "pp_act", "pp_grad", "zero", "ep", "edp")
+GROUPS = ("world", "host", "pp_act", "pp_grad", "zero", "ep", "edp", "ends")
 
 
 class Grid:
@@ -39,11 +42,13 @@ class Grid:
     world: all ranks; host: the same over gloo; pp_act, pp_grad: the ranks of one pipeline, two communicators because an
     activation and a gradient may travel to the same peer in either order; zero: the data ranks of one stage, over which
     dense optimizer state is sharded; ep: the ranks that share one set of experts; edp: the ranks that hold the same
-    experts, over which their optimizer state is sharded.
-    Raises ConfigError where world_size != pp_size x dp_size or ep_size does not divide dp_size.
+    experts, over which their optimizer state is sharded; ends: the data ranks of the first and the last stage together
+    (of one stage elsewhere), which share the embedding where the last stage has MTP modules.
+    Raises ConfigError where world_size != pp_size x dp_size, ep_size does not divide dp_size, or an odd number of
+    stages is to be mirrored.
     """
 
-    def __init__(self, world_size: int, rank: int, pp_size: int = 1, ep_size: int = 1):
+    def __init__(self, world_size: int, rank: int, pp_size: int = 1, ep_size: int = 1, mirrored: bool = False):
         for name, size in (("pp_size", pp_size), ("ep_size", ep_size)):
             if size < 1:
                 raise ConfigError(f"parallel.{name} = {size}: must be at least 1")
@@ -57,6 +62,12 @@ class Grid:
             raise ConfigError(
                 f"parallel.ep_size = {ep_size} does not divide the {dp_size} data ranks of a stage "
                 f"({world_size} ranks / pp_size {pp_size}): {dp_size} % {ep_size} = {dp_size % ep_size}; change ep_size"
+            )
+        self.mirrored = mirrored and pp_size > 1
+        if self.mirrored and pp_size % 2:
+            raise ConfigError(
+                f"dualpipe mirrors rank r on rank pp_size-1-r, so parallel.pp_size must be even: {pp_size} % 2 = 1; "
+                f"take parallel.pp_size={pp_size - 1} or {pp_size + 1}, or parallel.schedule=dualpipev"
             )
         self.world_size, self.rank = world_size, rank
         self.pp_size, self.ep_size, self.dp_size, self.edp_size = pp_size, ep_size, dp_size, dp_size // ep_size
@@ -73,23 +84,41 @@ class Grid:
         """This rank's device: the CUDA device of its local rank, else the CPU."""
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
-    def slices(self, name: str) -> np.ndarray:
-        """All groups of one kind as [groups, members]; the rows are disjoint and cover the world."""
+    @property
+    def first_copy(self) -> bool:
+        """Whether this rank is the first of those that hold the same stages: it speaks for state that they all have."""
+        return self.dp_rank == 0 and not (self.mirrored and self.pp_rank >= self.pp_size // 2)
+
+    def slices(self, name: str) -> list[list[int]]:
+        """All groups of one kind, a list of ranks each; they are disjoint and cover the world."""
+        stages = self.ranks.reshape(self.pp_size, -1)
         if name in ("world", "host"):
-            return self.ranks.reshape(1, -1)
-        if name in ("pp_act", "pp_grad"):
-            return self.ranks.reshape(self.pp_size, -1).T
-        if name == "zero":
-            return self.ranks.reshape(self.pp_size, -1)
-        if name == "ep":
-            return self.ranks.reshape(-1, self.ep_size)
-        assert name == "edp", name
-        return self.ranks.transpose(0, 2, 1).reshape(-1, self.edp_size)
+            rows = self.ranks.reshape(1, -1)
+        elif name in ("pp_act", "pp_grad"):
+            rows = stages.T
+        elif name == "zero":
+            rows = self._twins(stages)
+        elif name == "ep":
+            rows = self.ranks.reshape(-1, self.ep_size)
+        elif name == "edp":
+            same_experts = self.ranks.transpose(0, 2, 1)  # [pp, ep, edp]
+            rows = self._twins(same_experts).reshape(-1, self.edp_size * (1 + self.mirrored))
+        else:
+            assert name == "ends", name
+            first, *middle = stages.tolist()
+            return [first, *middle] if self.pp_size == 1 else [first + middle[-1], *middle[:-1]]
+        return rows.tolist()
+
+    def _twins(self, rows: np.ndarray) -> np.ndarray:
+        """[pp, ...]: rows r and PP-1-r joined at their last dimension where the pipeline is mirrored."""
+        if not self.mirrored:
+            return rows
+        half = self.pp_size // 2
+        return np.concatenate([rows[:half], rows[: half - 1 : -1]], axis=-1)
 
     def members(self, name: str) -> list[int]:
         """Global ranks of this rank's group of that kind, ascending."""
-        rows = self.slices(name)
-        return rows[np.nonzero(rows == self.rank)[0][0]].tolist()
+        return next(row for row in self.slices(name) if self.rank in row)
 
     def group(self, name: str) -> dist.ProcessGroup:
         """This rank's process group of that kind. Collective over the world at the first call for a name."""
@@ -107,7 +136,7 @@ class Grid:
                 return self.group("zero")
         backend, timeout = ("gloo", HOST_TIMEOUT) if name == "host" else (None, DEVICE_TIMEOUT)
         mine: Any = None
-        for row in self.slices(name).tolist():
+        for row in self.slices(name):
             made = dist.new_group(row, timeout=timeout, backend=backend)
             if self.rank in row:
                 mine = made
@@ -135,10 +164,10 @@ class Grid:
         if self.world_size > 1:
             dist.barrier(group=self.group("host"))
 
-    def sum_over_data(self, values: Tensor) -> Tensor:
-        """Sum of a device tensor over the data ranks of this stage, in place."""
-        if self.dp_size > 1:
-            dist.all_reduce(values, group=self.group("zero"))
+    def sum_over_world(self, values: Tensor) -> Tensor:
+        """Sum of a device tensor over all ranks, in place: what a stage does not know it brings as zeros."""
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self.group("world"))
         return values
 
 
@@ -153,7 +182,9 @@ def init_distributed(cfg: Config) -> Grid:
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    grid = Grid(world_size, rank, cfg.parallel.pp_size, cfg.parallel.ep_size)
+    grid = Grid(
+        world_size, rank, cfg.parallel.pp_size, cfg.parallel.ep_size, mirrored=cfg.parallel.schedule == "dualpipe"
+    )
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
     set_determinism(cfg.seed, cfg.train.deterministic)
     options: dict[str, Any] = {"backend": "gloo"}

@@ -15,7 +15,7 @@ from deepv3.errors import ConfigError
 @pytest.mark.parametrize(("world", "pp", "ep"), [(1, 1, 1), (8, 2, 2), (16, 4, 4), (24, 2, 3), (64, 8, 8)])
 def test_every_kind_of_group_covers_the_world_once(world, pp, ep):
     for name in GROUPS:
-        assert sorted(Grid(world, 0, pp, ep).slices(name).ravel().tolist()) == list(range(world)), name
+        assert sorted(sum(Grid(world, 0, pp, ep).slices(name), [])) == list(range(world)), name
     for rank in range(world):
         grid = Grid(world, rank, pp, ep)
         assert grid.rank == grid.pp_rank * grid.dp_size + grid.dp_rank
@@ -28,6 +28,20 @@ def test_groups_of_a_rank_are_those_of_the_worked_example():
     grid = Grid(8, 5, pp_size=2, ep_size=2)
     found = {name: grid.members(name) for name in ("zero", "ep", "edp", "pp_act", "pp_grad")}
     assert found == {"zero": [4, 5, 6, 7], "ep": [4, 5], "edp": [5, 7], "pp_act": [1, 5], "pp_grad": [1, 5]}
+
+
+def test_twins_of_a_mirrored_pipeline_share_their_parameters_and_the_ends_share_the_embedding():
+    grid = Grid(16, 9, pp_size=4, ep_size=2, mirrored=True)  # ranks 0-3 | 4-7 | 8-11 | 12-15
+    found = {name: grid.members(name) for name in ("zero", "ep", "edp", "pp_act", "ends")}
+    assert found == {
+        "zero": [4, 5, 6, 7, 8, 9, 10, 11], "ep": [8, 9], "edp": [5, 7, 9, 11], "pp_act": [1, 5, 9, 13],
+        "ends": [8, 9, 10, 11],
+    }  # fmt: skip
+    assert Grid(16, 1, 4, 2, mirrored=True).members("edp") == [1, 3, 13, 15]
+    assert Grid(16, 14, 4, 2).members("ends") == [0, 1, 2, 3, 12, 13, 14, 15]
+    assert [Grid(16, rank, 4, 2, mirrored=True).first_copy for rank in range(0, 16, 4)] == [True, True, False, False]
+    with pytest.raises(ConfigError, match="3 % 2 = 1"):
+        Grid(6, 0, 3, 1, mirrored=True)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +64,7 @@ def test_a_process_without_torchrun_is_a_world_of_one():
         assert (grid.world_size, grid.rank) == (1, 0)
         assert torch.distributed.is_initialized() and os.environ["LOCAL_RANK"] == "0"
         assert grid.gather({"a": [1, "x"]}) == [{"a": [1, "x"]}]
-        assert grid.sum_over_data(torch.ones(2)).tolist() == [1, 1]
+        assert grid.sum_over_world(torch.ones(2)).tolist() == [1, 1]
         assert torch.distributed.get_world_size(grid.group("pp_act")) == 1
         grid.barrier()
         shutdown()
@@ -68,14 +82,14 @@ def _groups(pp, ep):
     assert grid.group("zero") is grid.group("zero")
     assert grid.group("pp_grad") is not grid.group("pp_act")
     assert grid.gather("é" * grid.rank) == ["é" * rank for rank in range(grid.world_size)]
-    summed = grid.sum_over_data(torch.tensor([float(grid.rank)]))
+    summed = grid.sum_over_world(torch.tensor([float(grid.rank)]))
     return summed.item(), grid.group("edp") is grid.group("zero")
 
 
 @pytest.mark.parametrize(("pp", "ep"), [(1, 1), (2, 2), (2, 1)])
 def test_collectives_on_every_group_reach_its_members_and_no_others(pp, ep):
     results = ranks.run(4, _groups, pp, ep)
-    assert [total for total, _ in results] == ([6.0] * 4 if pp == 1 else [1.0, 1.0, 5.0, 5.0])
+    assert [total for total, _ in results] == [6.0] * 4
     assert all(shared == (ep == 1) for _, shared in results)
 
 

@@ -25,14 +25,14 @@ def kind_of(name: str) -> str:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, std: float) -> None:
-    """Give every parameter and buffer its initial value."""
+def initialise(model: nn.Module, seed: int, std: float, first_expert: int = 0) -> None:
+    """Give every parameter and buffer its initial value. first_expert: global number of the first expert held."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             continue
         kind = kind_of(name)
         if kind == "normal":
-            draw_(tensor, seed, name, std)
+            draw_(tensor, seed, name, std, first_expert)
         else:
             tensor.fill_(float(kind == "ones"))
 

@@ -14,7 +14,7 @@ from deepv3.precision.linear import DEFAULT, GroupedLinear, Place
 
 
 class Experts(nn.Module):
-    """The routed experts of one layer, their matrices stacked: gate_up_proj [E, 2I, D], down_proj [E, D, I].
+    """Routed experts of a layer, their matrices stacked: gate_up_proj [E, 2I, D], down_proj [E, D, I] for E `experts`.
 
     Saved for backward per row: [gate | up] and the gate. Rows and SwiGLU outputs are made again.
     """
@@ -22,10 +22,11 @@ class Experts(nn.Module):
     def __init__(
         self,
         cfg: ModelConfig,
+        experts: int,
         place: Place = DEFAULT,
     ) -> None:
         super().__init__()
-        experts, d, inner = cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size
+        d, inner = cfg.hidden_size, cfg.moe_intermediate_size
         self.gate_up_proj = GroupedLinear(experts, d, 2 * inner, place)
         self.down_proj = GroupedLinear(experts, inner, d, place)
 
@@ -48,7 +49,7 @@ class MoE(nn.Module):
         super().__init__()
         self.dispatcher = dispatcher
         self.gate = Router(cfg, place)
-        self.experts = Experts(cfg, place)
+        self.experts = Experts(cfg, len(dispatcher.held(cfg.n_routed_experts)), place)
         self.shared_experts: MLP | None = None
         if cfg.n_shared_experts:
             width = cfg.n_shared_experts * cfg.moe_intermediate_size

@@ -41,10 +41,14 @@ class MTP(nn.Module):
 
     def forward(self, embedded: Tensor, hidden: Tensor, layout: Layout) -> tuple[Tensor, Routing | None]:
         """embedded: [T, D], embeddings of the tokens k places ahead; hidden: [T, D]. Returns h^k and the routing."""
+        x, routing = self.block(self.join(embedded, hidden), layout)
+        return self.norm(x), routing
+
+    def join(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """The block's input: W_eh [enorm(embedded) ; hnorm(hidden)] (V3 Eq. 21)."""
         e, h = self.enorm.operand(embedded), self.hnorm.operand(hidden)
         again = Remade(_joined, e.source(), h.source()) if self.remake else None
-        x, routing = self.block(self.eh_proj(Operand(_joined(e.value, h.value), again)), layout)
-        return self.norm(x), routing
+        return self.eh_proj(Operand(_joined(e.value, h.value), again))
 
 
 def _joined(e: Tensor, h: Tensor) -> Tensor:

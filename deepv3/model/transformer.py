@@ -8,7 +8,8 @@ rows hold S + 1 + D tokens, so its mean divides by S as in Eq. 24. The model kno
 outside. No step waits for the device.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from deepv3.model.router import Router, Routing, statistics
 from deepv3.precision.linear import Place
 from deepv3.precision.wgrad import WeightGradQueue
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}  # FP64 is for tests of parity
 
 
 class Output(NamedTuple):
@@ -42,8 +43,25 @@ class Output(NamedTuple):
     fanout: Tensor
 
 
+class Part(Protocol):
+    """A stretch of the model: main layers by number, the embedding, final norm and head, MTP modules (all or none)."""
+
+    @property
+    def layers(self) -> range: ...
+    @property
+    def embedding(self) -> bool: ...
+    @property
+    def head(self) -> bool: ...
+    @property
+    def mtp(self) -> int: ...
+
+
 class Transformer(nn.Module):
-    """DeepSeek-V3 (V3 2). recompute: see `Block`; loss_chunk: rows of logits that exist at once; queue: see `wgrad`."""
+    """DeepSeek-V3 (V3 2). recompute: see `Block`; loss_chunk: rows of logits that exist at once; queue: see `wgrad`.
+
+    parts: stretches to build, each with its queue, instead of the whole; modules keep their global names, and what two
+    parts share (embedding, used by MTP too) exists once. Such a model is run in pieces (`pipeline.stage`).
+    """
 
     def __init__(
         self,
@@ -54,18 +72,38 @@ class Transformer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         dispatcher: LocalDispatch | None = None,
+        parts: Sequence[tuple[Part, WeightGradQueue | None]] = (),
     ) -> None:
         super().__init__()
         self.cfg = cfg
         self.rotary = RotaryTables(cfg)
-        main, d = cfg.num_hidden_layers, cfg.hidden_size
-        place = Place(device, dtype, queue)
-        common = (recompute, dispatcher, place)
-        self.embed_tokens = Embedding(cfg.vocab_size, d, place)
-        self.layers = nn.ModuleList(Block(cfg, index, *common) for index in range(main))
-        self.norm = RMSNorm(d, cfg.rms_norm_eps, place=place)
-        self.lm_head = Head(cfg.vocab_size, d, loss_chunk, place)
-        self.mtp = nn.ModuleList(MTP(cfg, main + k, *common) for k in range(cfg.num_nextn_predict_layers))
+        self.first_expert = dispatcher.held(cfg.n_routed_experts).start if dispatcher else 0
+        whole = _Whole(range(cfg.num_hidden_layers), True, True, cfg.num_nextn_predict_layers)
+        d, plain = cfg.hidden_size, Place(device, dtype)
+        self.layers, self.mtp = nn.ModuleList(), nn.ModuleList()
+        for part, own in parts or [(whole, queue)]:
+            place = Place(device, dtype, own)
+            if part.embedding or part.mtp:
+                self.embed_tokens = self.get("embed_tokens") or Embedding(cfg.vocab_size, d, plain)
+            for index in part.layers:  # registered by number: the list may have gaps, its names are global
+                self.layers.add_module(str(index), Block(cfg, index, recompute, dispatcher, place))
+            if part.head:
+                self.norm = RMSNorm(d, cfg.rms_norm_eps, place=place)
+                self.lm_head = Head(cfg.vocab_size, d, loss_chunk, plain)
+            for k in range(part.mtp):
+                self.mtp.append(MTP(cfg, cfg.num_hidden_layers + k, recompute, dispatcher, place))
+
+    def get(self, name: str) -> nn.Module | None:
+        """A module of this model by name; None where it is in no part of it."""
+        return self._modules.get(name)
+
+    def block(self, index: int) -> Block:
+        """Main layer by global number; it must be here."""
+        return self.layers.get_submodule(str(index))  # type: ignore[return-value]
+
+    def depths(self) -> list[MTP]:
+        """The MTP modules that are here, all or none."""
+        return list(self.mtp)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor, loss_scale: float, mtp_weight: float, documents: Tensor | None = None) -> Output:
         """One micro-batch.
@@ -128,18 +166,43 @@ class Transformer(nn.Module):
         return torch.stack(rows)
 
     def routers(self) -> list[Router]:
-        """Gates in the order of `Output.counts`: main layers, then MTP's."""
+        """Gates that are here, in the order of `Output.counts`: main layers, then MTP's."""
         blocks = [*self.layers, *(module.block for module in self.mtp)]
         return [block.mlp.gate for block in blocks if isinstance(block.mlp, MoE)]
 
+    def rows(self) -> list[int]:
+        """Each of `routers`' row among all MoE layers of the whole model; 0, 1, 2, ... where this is the whole."""
+        main = [int(index) for index, block in self.layers.named_children() if isinstance(block.mlp, MoE)]
+        return [moe_row(self.cfg, index) for index in (*main, *range(self.cfg.num_hidden_layers, self._end()))]
+
+    def _end(self) -> int:
+        return self.cfg.num_hidden_layers + len(self.mtp)
+
     def update_biases(self, counts: Tensor, speed: float | Tensor) -> None:
-        """Router biases after an optimizer step (V3 2.1.2). counts: [n_moe, E], summed over the global batch."""
-        for router, row in zip(self.routers(), counts, strict=True):
-            router.update_bias(row, speed)
+        """Router biases after an optimizer step (V3 2.1.2). counts: [n_moe, E] of the whole model and global batch."""
+        for router, row in zip(self.routers(), self.rows(), strict=True):
+            router.update_bias(counts[row], speed)
 
     def init_weights(self, seed: int) -> None:
         """See `init`."""
-        initialise(self, seed, self.cfg.initializer_range)
+        initialise(self, seed, self.cfg.initializer_range, self.first_expert)
+
+
+class _Whole(NamedTuple):
+    layers: range
+    embedding: bool
+    head: bool
+    mtp: int
+
+
+def moe_row(cfg: ModelConfig, index: int) -> int:
+    """Row of layer `index` (MTP's follow the main layers) in figures per MoE layer, such as `Output.counts`."""
+    return index - cfg.first_k_dense_replace
+
+
+def moe_layers(cfg: ModelConfig) -> int:
+    """MoE layers of the whole model, MTP's included: the number of rows."""
+    return moe_row(cfg, cfg.num_hidden_layers + cfg.num_nextn_predict_layers)
 
 
 def build_model(cfg: Config, device: torch.device | str) -> Transformer:

@@ -14,6 +14,7 @@ One path for every precision: parameters are FP32 or BF16, the optimizer class i
 """
 
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ from deepv3.config.schema import Config, OptimConfig
 from deepv3.dist import Grid
 from deepv3.kernels import sum_of_squares
 from deepv3.optim.adamw import AdamW
-from deepv3.optim.flat import FlatGroup, Fragment, flat_groups
+from deepv3.optim.flat import FlatGroup, Fragment, flat_groups, owner_of
 
 deepspeed.ops.__compatible_ops__ = {}  # nothing of DeepSpeed's C++ is used; left alone it looks for compilers
 
@@ -57,10 +58,10 @@ class _Mpu:
         return self._grid.group("zero")
 
     def get_data_parallel_world_size(self) -> int:
-        return self._grid.dp_size
+        return dist.get_world_size(self._grid.group("zero"))
 
     def get_data_parallel_rank(self) -> int:
-        return self._grid.dp_rank
+        return dist.get_rank(self._grid.group("zero"))
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         return self._grid.group("pp_act")
@@ -135,9 +136,9 @@ class ShardedOptimizer(BF16_Optimizer):
 class Engine(DeepSpeedEngine):
     """What the training loop holds. Call the model itself, never the engine: its forward would rescale gradients."""
 
-    def __init__(self, model: nn.Module, grid: Grid, optim: OptimConfig):
+    def __init__(self, model: nn.Module, grid: Grid, optim: OptimConfig, groups: list[FlatGroup]):
         self.grid, self.optim = grid, optim
-        self.flat_groups = flat_groups([model], grid)
+        self.flat_groups = groups
         adamw = AdamW(
             [
                 {"params": [p.param for p in group.pieces], "weight_decay": optim.weight_decay if group.decay else 0.0}
@@ -162,6 +163,8 @@ class Engine(DeepSpeedEngine):
         assert type(self.optimizer) is ShardedOptimizer, type(self.optimizer)
         for hook in (self.module_forward_pre_hook, self.module_forward_post_hook):
             hook.remove()  # timers and profilers of DeepSpeed on every call of the model
+        self._order = list(dict.fromkeys(group.chunk for group in groups))
+        self._complete: set[int] = set()
         self._reducing: dict[int, list[dist.Work]] = {}
         self._writers: list[torch.cuda.Event] = []
         _require_same_weights(self.flat_groups, grid)
@@ -184,27 +187,36 @@ class Engine(DeepSpeedEngine):
 
     def begin_step(self) -> None:
         """Before the first backward of a step."""
-        assert not self._reducing, "begin_step after reduce: finish the step first"
+        assert not self._complete, "begin_step after reduce: finish the step first"
         for group in self.flat_groups:
             group.check_sealed()
 
     def reduce(self, chunk: int) -> None:
-        """Declare the gradients of a chunk complete and start their reduction; the caller goes on computing."""
-        assert chunk not in self._reducing, f"chunk {chunk} is reduced twice in one step"
-        mine = [group for group in self.flat_groups if group.chunk == chunk]
-        for group in mine:
-            group.seal()
-        self._reducing[chunk] = [work for group in mine if (work := group.reduce()) is not None]
+        """Declare the gradients of a chunk complete and start their reduction; the caller goes on computing.
+
+        Reductions start from the highest chunk down, SHARED last, on every rank: ranks that share parameters may
+        complete them in different orders (DualPipe's twins), and a communicator wants one.
+        """
+        assert chunk not in self._complete, f"chunk {chunk} is reduced twice in one step"
+        self._complete.add(chunk)
+        for due in self._order[len(self._reducing) :]:
+            if due not in self._complete:
+                break
+            mine = [group for group in self.flat_groups if group.chunk == due]
+            for group in mine:
+                group.seal()
+            self._reducing[due] = [work for group in mine if (work := group.reduce()) is not None]
 
     def finish_step(self, lr: float) -> StepStats:
         """Reduce what `reduce` was not called for, clip and step. All ranks get the same norm and the same skip."""
-        for chunk in {group.chunk: None for group in self.flat_groups}:
-            if chunk not in self._reducing:
+        for chunk in self._order:
+            if chunk not in self._complete:
                 self.reduce(chunk)
         for works in self._reducing.values():
             for work in works:
                 work.wait()
         self._reducing.clear()
+        self._complete.clear()
         for group in self.flat_groups:
             group.check_sealed()
         for event in self._writers:
@@ -258,15 +270,21 @@ class Engine(DeepSpeedEngine):
         del self.optimizer, self.basic_optimizer, self.client_optimizer
 
 
-def build_engine(model: nn.Module, cfg: Config, grid: Grid) -> Engine:
+def build_engine(
+    model: nn.Module,
+    cfg: Config,
+    grid: Grid,
+    chunk_of: Callable[[str], int] = lambda name: 0,
+    owner: Callable[[str], str] = owner_of,
+) -> Engine:
     """The engine of a model whose parameters are final: their storage moves into flat buffers.
 
-    Afterwards each parameter has `main_grad` and `grad_ready`. Raises AssertionError where ranks that share parameters
-    do not hold the same ones.
+    chunk_of, owner: see flat_groups. Afterwards each parameter has `main_grad` and `grad_ready`. Raises AssertionError
+    where ranks that share parameters do not hold the same ones.
     """
     deepspeed_groups._release_process_group_references()  # of an earlier engine in this process
     deepspeed.comm.init_distributed(auto_mpi_discovery=False, verbose=False)
-    return Engine(model, grid, cfg.optim)
+    return Engine(model, grid, cfg.optim, flat_groups(model, grid, chunk_of, owner))
 
 
 def _settings(optim: OptimConfig) -> dict[str, Any]:
@@ -290,13 +308,13 @@ def _require_same_weights(groups: list[FlatGroup], grid: Grid) -> None:
         return
     mine: list[Any] = []
     for group in groups:
-        bits = group.low.view(torch.int32 if group.low.dtype == torch.float32 else torch.int16)
+        bits = group.low.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[group.low.element_size()])
         pieces = [[piece.name, list(piece.shape), piece.base] for piece in group.pieces]
         mine.append([dist.get_process_group_ranks(group.process_group), pieces, int(bits.sum(dtype=torch.int64))])
     everyone = grid.gather(mine)
-    for index, (ranks, pieces, _) in enumerate(mine):
+    for ranks, pieces, checksum in mine:
         for rank in ranks:
-            theirs = everyone[rank][index] if index < len(everyone[rank]) else None
-            if theirs != mine[index]:
-                what = "initial weights" if theirs and theirs[1] == pieces else "parameters"
-                raise AssertionError(f"ranks {grid.rank} and {rank} share group {index} but hold different {what}")
+            alike = [theirs for theirs in everyone[rank] if theirs[:2] == [ranks, pieces]]
+            if [ranks, pieces, checksum] not in alike:
+                what = "initial weights" if alike else "parameters"
+                raise AssertionError(f"ranks {grid.rank} and {rank} share {pieces[0][0]} but hold different {what}")

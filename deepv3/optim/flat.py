@@ -13,6 +13,7 @@ Bytes per parameter at dp = 1, BF16: 2 weights + 4 gradient + 4 master + 2 x 2 m
 ever copied. In FP32 the master *is* the rank's shard of the weights.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from deepv3.dist import Grid
 
 ALIGN = 128  # elements: 256 bytes of BF16
+WIDE = (torch.float32, torch.float64)  # formats whose weights are their own masters (FP64 in tests of parity)
+SHARED = -1  # the chunk of what several of a rank's chunks use
 
 
 class Fragment(NamedTuple):
@@ -40,6 +43,9 @@ class Fragment(NamedTuple):
     master: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+
+
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # until torch 2.12
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,8 @@ class FlatGroup:
         if self.low.is_cuda:
             torch.cuda.empty_cache()  # the freed pieces, as one block for the master
         self.low_shard = self.low.narrow(0, self.shard * size, size)
-        self.master = self.low_shard if self.low.dtype == torch.float32 else self.low_shard.float()
-        self.grad = torch.zeros_like(self.low, dtype=torch.float32)
+        self.master = self.low_shard if self.low.dtype in WIDE else self.low_shard.float()
+        self.grad = torch.zeros_like(self.low, dtype=self.master.dtype)
         self.grad_shard = self.grad.narrow(0, self.shard * size, size)
         self.master.grad = self.grad_shard
         for piece in self.pieces:
@@ -117,7 +123,7 @@ class FlatGroup:
                 raise AssertionError(
                     f"{piece.name} has a .grad: its module does not write main_grad; the step would lose it"
                 )
-            if param.main_grad.data_ptr() != self.grad.data_ptr() + 4 * piece.offset:
+            if param.main_grad.data_ptr() != self.grad.data_ptr() + self.grad.element_size() * piece.offset:
                 raise AssertionError(f"{piece.name}.main_grad no longer lies in its flat buffer")
             if param.data_ptr() != self.low.data_ptr() + self.low.element_size() * piece.offset:
                 raise AssertionError(f"{piece.name} no longer lies in its flat buffer")
@@ -145,7 +151,7 @@ class FlatGroup:
             return
         mine = self.low_shard if self.low.is_cuda else self.low_shard.clone()  # NCCL gathers in place
         whole = self.low.view(torch.uint8)
-        dist.all_gather_into_tensor(whole, mine.view(torch.uint8), group=self.process_group)
+        getattr(dist, GATHER)(whole, mine.view(torch.uint8), group=self.process_group)
 
     def fragments(self, index: int, exp_avg: Tensor, exp_avg_sq: Tensor) -> list[Fragment]:
         """What this rank's shard holds of each parameter, in buffer order. exp_avg, exp_avg_sq: [size / shards]."""
@@ -161,19 +167,27 @@ class FlatGroup:
         return found
 
 
-def flat_groups(chunks: list[nn.Module], grid: Grid) -> list[FlatGroup]:
-    """Groups of a rank's model chunks, given in order of model stage, so that ranks with the same chunks agree.
+def flat_groups(
+    model: nn.Module, grid: Grid, chunk_of: Callable[[str], int], owner_of: Callable[[str], str]
+) -> list[FlatGroup]:
+    """Groups of a rank's parameters.
 
-    Matrices are decayed, vectors (norm gains) not. Parameter names are global: a chunk names its modules as the whole
-    model does. Experts are the parameters below a module called `experts`; ranks that hold the same ones share them.
+    chunk_of, owner_of: by parameter name, which of the rank's pipeline chunks it belongs to (SHARED: to several), and
+    the Grid group whose ranks hold the same and share its optimizer state. Ranks that share parameters see them in one
+    order, because a model registers its layers by number. Matrices are decayed, vectors (norm gains) not. Names are
+    global. Experts are the parameters below a module called `experts`.
     """
-    owners = {False: grid.group("zero"), True: grid.group("edp")}  # both, on all ranks: making a group is collective
+    owners = {name: grid.group(name) for name in ("zero", "edp", "ends")}  # on all ranks: making a group is collective
     groups: dict[tuple, FlatGroup] = {}
-    for chunk, module in enumerate(chunks):
-        for name, param in module.named_parameters():
-            expert, decay = ".experts." in name, param.ndim > 1
-            key = (chunk, expert, decay, param.dtype)
-            if key not in groups:
-                groups[key] = FlatGroup(chunk, expert, decay, owners[expert])
-            groups[key].add(name, param, grid)
-    return list(groups.values())
+    for name, param in model.named_parameters():
+        chunk, owner, expert, decay = chunk_of(name), owner_of(name), ".experts." in name, param.ndim > 1
+        key = (chunk, owner, expert, decay, param.dtype)
+        if key not in groups:
+            groups[key] = FlatGroup(chunk, expert, decay, owners[owner])
+        groups[key].add(name, param, grid)
+    return [groups[key] for key in sorted(groups, key=lambda key: -key[0])]  # in the order of their reduction
+
+
+def owner_of(name: str) -> str:
+    """The usual owner: experts belong to the ranks that hold the same ones, all else to the data ranks of a stage."""
+    return "edp" if ".experts." in name else "zero"

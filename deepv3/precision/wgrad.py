@@ -17,23 +17,48 @@ Write = Callable[[Tensor, bool], None]  # write(buffer, accumulate): add to or o
 
 class WeightGradQueue:
     """Weight-gradient GEMMs waiting for their turn, first in, first out. One object per pipeline stage, not a global:
-    backward runs on autograd's own threads on GPUs."""
+    backward runs on autograd's own threads on GPUs.
+
+    A schedule that delays them (I now, W later) closes a batch after each I; `pop` runs the oldest batch. Where
+    `deferring` is False gradients are made at once, as if there were no queue.
+    """
 
     def __init__(self) -> None:
-        self._waiting: deque[Callable[[], None]] = deque()
+        self.deferring = True
+        self._open: deque[Callable[[], None]] = deque()
+        self._closed: deque[deque[Callable[[], None]]] = deque()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._open) + sum(map(len, self._closed))
 
     def put(self, work: Callable[[], None]) -> None:
         """Append one piece of work; it holds its operands until it has run."""
-        self._waiting.append(work)
+        self._open.append(work)
+
+    def close(self) -> None:
+        """End the batch: what was put since the last `close` waits for one `pop`."""
+        self._closed.append(self._open)
+        self._open = deque()
+
+    def pop(self) -> None:
+        """Run the oldest closed batch."""
+        self._run(self._closed.popleft())
+
+    def run_open(self) -> None:
+        """Run what was put since the last `close`."""
+        self._run(self._open)
 
     def flush(self) -> None:
         """Run everything that waits, in the order it came."""
+        while self._closed:
+            self.pop()
+        self.run_open()
+
+    @staticmethod
+    def _run(works: deque[Callable[[], None]]) -> None:
         with torch.no_grad():
-            while self._waiting:
-                self._waiting.popleft()()
+            while works:
+                works.popleft()()
 
 
 def deliver(weight: Tensor, write: Write, queue: WeightGradQueue | None = None) -> Tensor | None:
@@ -43,7 +68,7 @@ def deliver(weight: Tensor, write: Write, queue: WeightGradQueue | None = None) 
     (embedding and head are used by every prediction depth) mix in any order. In plain mode a delayed gradient is added
     to ``weight.grad`` when the queue is flushed.
     """
-    if queue is not None:
+    if queue is not None and queue.deferring:
         queue.put(lambda: _finish(weight, write))
         return None
     if _has_buffer(weight):

@@ -7,6 +7,7 @@ the device never waits for it.
 
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -19,14 +20,15 @@ from deepv3.config.schema import Config
 from deepv3.config.validate import validate
 from deepv3.data.loader import build_data
 from deepv3.dist import Grid, init_distributed
-from deepv3.errors import ConfigError, NumericsError, Stopped
-from deepv3.model.transformer import build_model
+from deepv3.errors import NumericsError, Stopped
 from deepv3.optim.ema import WeightAverage
 from deepv3.optim.engine import build_engine
-from deepv3.pipeline.executor import Executor
-from deepv3.train import metrics
-from deepv3.train.plots import Plotter
+from deepv3.pipeline.build import Placement, build_pipeline
+from deepv3.train import memory, metrics
+from deepv3.train.faults import Votes
+from deepv3.train.events import EventLog, note_end
 from deepv3.train.progress import LiveLine
+from deepv3.train.report import Reporter
 from deepv3.train.step import Plan, Progress, StepRecord, train_step
 from deepv3.train.trace import Pauses
 
@@ -56,7 +58,7 @@ class Run:
         self.chief = self.grid.rank == 0
         self.device = self.grid.device
         validate(cfg, self.grid.world_size)
-        _refuse_unbuilt(cfg)
+        self.placement = Placement.of(cfg, self.grid)
         self.at = Progress()
         self.skipped_in_row = 0
         self.val_loss: float | None = None
@@ -64,14 +66,20 @@ class Run:
         self.pauses = Pauses()
         self._claim_folder()
         self.data = build_data(cfg, self.grid)
-        self.model = build_model(cfg, self.device)
-        self.engine = build_engine(self.model, cfg, self.grid)
+        self.model, self.executor = build_pipeline(cfg, self.grid, self.placement)
+        self.engine = build_engine(
+            self.model,
+            cfg,
+            self.grid,
+            self.placement.chunk_of,
+            lambda name: self.placement.owner_of(name, self.grid.mirrored),
+        )
         self.ema = WeightAverage(self.engine, cfg.optim.ema_decay) if cfg.optim.ema_decay > 0 else None
-        self.executor = Executor(self.model, self.device)
         self.resumed_from = self._resume()
         self.first_step = self.at.step + 1
         self.recorder = metrics.Recorder(cfg, self.at.step) if self.chief else None
-        self.plotter = Plotter(self.dir) if self.chief else None
+        self.reporter = Reporter(self.dir) if self.chief else None
+        self.held = memory.held(self)
         self.peak_flops = metrics.peak_tflops(cfg, self.device) * 1e12 * self.grid.world_size
         self.flops = {
             causal: arithmetic.flops_per_token(cfg.model, cfg.data.seq_len, causal=causal, mtp=True)
@@ -117,9 +125,9 @@ class Run:
         for line in self.data.summary:
             self.line.say(line)
         start = "fresh start" if self.resumed_from is None else f"goes on from {self.resumed_from}"
-        self.line.say(
-            f"run      {self.dir}, {self.grid.world_size} process(es) on {self.device}, {start}, step {at.step + 1}"
-        )
+        where = f"{self.grid.world_size} process(es) on {self.device}, {start}"
+        self.line.say(f"run      {self.dir}, {where}, step {at.step + 1}")
+        EventLog(self.dir).add("start" if self.resumed_from is None else "restart", at.step, where)
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -142,7 +150,7 @@ class Run:
         while self.fraction() < 1:
             plan = Plan.of(self.cfg, self.at)
             batches = self.data.train.micro_batches(self.at.samples, plan.sequences, self.cfg.train.micro_batch_size)
-            record = train_step(self, plan, batches, stop.wanted)
+            record = train_step(self, plan, batches, Votes.pack(self.grid, stop.wanted, False, 0.0))
             self.at = plan.after
             last = self.fraction() >= 1
             wanted = pending is not None and self._report(pending)
@@ -165,15 +173,15 @@ class Run:
 
     def _report(self, record: StepRecord) -> bool:
         """Turn a finished step into its row; True if any rank wants to stop."""
-        out, norm, skipped, stop, bias_low, bias_high = record.read()
+        out, norm, skipped, votes, bias_low, bias_high = record.read()
         self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
         plan, seconds = record.plan, record.clock.seconds()
-        if self.recorder is not None and self.plotter is not None:
+        if self.recorder is not None and self.reporter is not None:
             row = self._row(record, out, norm, skipped, bias_low, bias_high, seconds)
             self.recorder.step(row)
             if plan.step == 1 or plan.step % self.cfg.logging.plot_every == 0:
                 self.recorder.load(plan.step, out.counts)
-                self.plotter.refresh()
+                self.reporter.refresh()
             self.line.update(row, self.fraction(), self.val_loss)
         if self.skipped_in_row >= self.cfg.train.max_skipped_steps:
             raise NumericsError(
@@ -181,7 +189,7 @@ class Run:
                 f"(train.max_skipped_steps = {self.cfg.train.max_skipped_steps}); weights are those of step "
                 f"{plan.step - self.skipped_in_row}: lower optim.lr or look at the data"
             )
-        return stop
+        return Votes.unpack(votes).stop
 
     def _row(self, record, out, norm, skipped, bias_low, bias_high, seconds) -> dict:
         plan = record.plan
@@ -194,6 +202,7 @@ class Run:
             row[name] = self.flops[causal] * rate / self.peak_flops if self.peak_flops else 0.0
         row |= {"memory_gib": _peak_memory_gib(self.device), "step_seconds": seconds}
         row |= record.spans.fields() | self.pauses.take()
+        row |= metrics.memory_parts(self.held, row["memory_gib"])
         row |= metrics.router_figures(out, plan.tokens)
         row |= {"router_bias_min": bias_low, "router_bias_max": bias_high}
         if plan.step == self.first_step:
@@ -205,10 +214,12 @@ class Run:
         if not self.cfg.train.eval_every or self.data.validation is None:
             return
         count = self.cfg.train.eval_sequences
-        batches = self.data.validation.micro_batches(0, count, self.cfg.train.micro_batch_size)
-        out = self.executor.evaluate(batches, loss_scale=1.0 / (count * self.cfg.data.seq_len))
+        size = self.cfg.train.micro_batch_size
+        batches = self.data.validation.micro_batches(0, count, size)
+        share = count // (size * self.grid.dp_size)
+        out = self.executor.evaluate(batches, share, loss_scale=1.0 / (count * self.cfg.data.seq_len))
         figures = torch.stack([out.loss_main, out.loss_mtp])
-        self.grid.sum_over_data(figures)
+        self.grid.sum_over_world(figures)
         main, mtp = figures.tolist()
         self.val_loss = main
         if self.recorder is not None:
@@ -220,13 +231,15 @@ class Run:
         store.save(self.dir, self.at.step, self.engine, self.model, self.ema, self.grid, self.cfg, client)
 
     def close(self) -> list[Path]:
-        """Stop the background work; returns the pictures' paths (rank 0)."""
+        """Stop the background work; returns the paths of the report and the pictures (rank 0)."""
         self.data.close()
         self.line.close()
-        if self.recorder is None or self.plotter is None:
+        if self.recorder is None or self.reporter is None:
             return []
-        self.recorder.close()
-        return self.plotter.close()
+        note_end(self.dir, self.at.step, sys.exception())
+        drawn = self.reporter.close()
+        self.recorder.close(drawn[0])
+        return drawn
 
 
 def _peak_memory_gib(device: torch.device) -> float:
@@ -234,12 +247,3 @@ def _peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _refuse_unbuilt(cfg: Config) -> None:
-    if cfg.parallel.pp_size > 1 or cfg.parallel.ep_size > 1:
-        raise ConfigError(
-            f"parallel.pp_size = {cfg.parallel.pp_size}, parallel.ep_size = {cfg.parallel.ep_size} "
-            f"(parallel.schedule = {cfg.parallel.schedule}): this version trains with data parallelism only; "
-            "set parallel=single"
-        )

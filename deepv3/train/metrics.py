@@ -1,22 +1,24 @@
 """The figures of a run: derived from a step's sums, one JSON object a step, and the same to wandb.
 
 Files in run_dir: ``metrics.jsonl`` (a row a step), ``validation.jsonl`` (a row a validation, step 0 included) and
-``expert_load.jsonl`` (tokens per layer and expert, now and then). Whole lines only; on resume each is cut to the
-checkpoint's step, so a file never holds a step twice.
+``expert_load.jsonl`` (tokens per layer and expert, now and then, thinned as it grows). Whole lines only; on resume each is
+cut to the checkpoint's step, so a file never holds a step twice.
 """
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deepv3.config.schema import Config
-from deepv3.pipeline.executor import StepOut
+from deepv3.pipeline.figures import StepOut
+from deepv3.train.jsonl import JsonLines
 
 # BF16 dense peak of one device, TFLOP/s, from the vendors' data sheets, by a part of the device's name.
 PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "H800": 989.4, "B200": 2250.0, "A100": 312.0}
+
+
+LOAD_RECORDS = 256  # rows of expert_load.jsonl before it is thinned to half of them
 
 
 def peak_tflops(cfg: Config, device: torch.device) -> float:
@@ -47,52 +49,19 @@ def router_figures(out: StepOut, tokens: int) -> dict[str, Any]:
     }
 
 
+def memory_parts(held: dict[str, int], peak_gib: float) -> dict[str, float]:
+    """Row fields ``memory_PART_gib`` of this rank; what no long-lived tensor explains is activations and other.
+
+    held: bytes as memory.held gives them; peak_gib: largest memory in use so far.
+    """
+    parts = {f"memory_{name.split()[0]}_gib": size / 2**30 for name, size in held.items()}
+    return parts | {"memory_activations_gib": max(0.0, peak_gib - sum(parts.values()))}
+
+
 def loss_figures(out: StepOut, mtp_weight: float) -> dict[str, float]:
     """Objective and parts: main + lambda x (MTP, mean over depths) + balance (V3 2.2, 2.1.2). out: global sums."""
     main, mtp, balance = float(out.loss_main), float(out.loss_mtp), float(out.loss_balance)
     return {"loss": main + mtp_weight * mtp + balance, "loss_main": main, "loss_mtp": mtp, "loss_balance": balance}
-
-
-def finite(row: Any) -> Any:
-    """The row with NaN and infinities as null, which JSON can hold."""
-    if isinstance(row, dict):
-        return {k: finite(v) for k, v in row.items()}
-    if isinstance(row, list):
-        return [finite(v) for v in row]
-    return None if isinstance(row, float) and not math.isfinite(row) else row
-
-
-class JsonLines:
-    """An append-only file of one JSON object a line with a ``step`` key."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def append(self, row: dict) -> None:
-        """Write one whole line; a line is complete or absent for every reader."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(row)) + "\n")
-
-    def read(self) -> list[dict]:
-        """All whole rows; a torn last line (a kill in its write) is left out."""
-        if not self.path.exists():
-            return []
-        rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return rows
-
-    def cut(self, step: int) -> None:
-        """Drop rows after `step`, by writing the kept ones beside and renaming."""
-        if not self.path.exists():
-            return
-        kept = [row for row in self.read() if row["step"] <= step]
-        beside = self.path.with_name("." + self.path.name)
-        beside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        beside.replace(self.path)
 
 
 class Recorder:
@@ -105,13 +74,14 @@ class Recorder:
         self.expert_load = JsonLines(run_dir / "expert_load.jsonl")
         for file in (self.metrics, self.validation, self.expert_load):
             file.cut(step)
+        self.loads = len(self.expert_load.read())
         self.wandb = _start_wandb(cfg, run_dir)
 
     def step(self, row: dict) -> None:
         """One optimizer step."""
         self.metrics.append(row)
         if self.wandb is not None:
-            self.wandb.log({k: v for k, v in row.items() if not isinstance(v, list)}, step=row["step"])
+            self.wandb.log(wandb_row(row), step=row["step"])
 
     def validate(self, row: dict) -> None:
         """One validation."""
@@ -120,13 +90,48 @@ class Recorder:
             self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def load(self, step: int, counts: torch.Tensor) -> None:
-        """Tokens per layer and expert of one step. counts: [n_moe, E] on the CPU."""
-        self.expert_load.append({"step": step, "counts": counts.long().tolist()})
+        """Tokens per layer and expert of one step. counts: [n_moe, E] on the CPU.
 
-    def close(self) -> None:
-        """End the wandb run."""
-        if self.wandb is not None:
-            self.wandb.finish()
+        A file that has reached LOAD_RECORDS is thinned to half of them: 671 B's records hold 60 kB each.
+        """
+        self.expert_load.append({"step": step, "counts": counts.long().tolist()})
+        self.loads += 1
+        rare = self.loads & (self.loads - 1) == 0  # 1, 2, 4, ... and then whenever the file is full
+        if self.wandb is not None and counts.numel() and rare:
+            self.wandb.log({"expert_load": _load_image(counts, step)}, step=step)
+        if self.loads >= LOAD_RECORDS:
+            self.expert_load.thin(LOAD_RECORDS // 2)
+            self.loads = len(self.expert_load.read())
+
+    def close(self, report: Path | None = None) -> None:
+        """End the wandb run; its last record is the report itself, with every figure of the run."""
+        if self.wandb is None:
+            return
+        if report is not None:
+            import wandb
+
+            self.wandb.log({"report": wandb.Html(str(report), inject=False)})
+        self.wandb.finish()
+
+
+def wandb_row(row: dict) -> dict[str, Any]:
+    """A row as wandb draws it: lists by layer become one figure a layer, named so that wandb groups them."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, list):
+            flat |= {f"{name}/{i:02d}": item for i, item in enumerate(value)}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _load_image(counts: torch.Tensor, step: int) -> Any:
+    """Load over the mean of its layer as a grey image, four times the mean is white. counts: [n_moe, E]."""
+    import wandb
+
+    ratio = counts.double() / counts.double().mean(dim=1, keepdim=True).clamp(min=1e-9)
+    pixels = (ratio.clamp(0, 4) * 63.75).round().byte().numpy().repeat(8, axis=0).repeat(4, axis=1)
+    return wandb.Image(pixels, caption=f"step {step}: layers x experts, 4 x the mean is white")
 
 
 def _start_wandb(cfg: Config, run_dir: Path) -> Any:

@@ -1,7 +1,7 @@
 """One optimizer step on one page.
 
 1. every micro-batch forward and backward, gradients summed in FP32 (executor);
-2. the step's figures summed over data ranks in one all-reduce: losses, expert counts, the wish to stop;
+2. the step's figures summed over all ranks in one all-reduce: losses, expert counts, each rank's news (faults.py);
 3. gradients reduced, their true global norm, clip, AdamW (engine);
 4. router biases moved by the global counts (V3 2.1.2), unless the step was skipped;
 5. EMA of the weights, asynchronously.
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from deepv3.config.schema import Config
 from deepv3.data.loader import Batch
-from deepv3.model.transformer import Transformer
+from deepv3.dist import Grid
+from deepv3.model.transformer import Transformer, moe_layers
 from deepv3.optim import ramps
-from deepv3.pipeline.executor import StepOut
+from deepv3.pipeline.figures import StepOut
 from deepv3.train.trace import Spans
 
 
@@ -97,43 +98,57 @@ class StepRecord:
     clock: Clock
     figures: Tensor
     n_moe: int
+    n_votes: int
     spans: Spans
 
-    def read(self) -> tuple[StepOut, float, bool, bool, float, float]:
-        """Wait for the figures: (global sums, grad norm, skipped, stop wanted, smallest and largest router bias)."""
+    def read(self) -> tuple[StepOut, float, bool, Tensor, float, float]:
+        """Wait for the figures: (global sums, grad norm, skipped, votes summed, smallest and largest router bias)."""
         self.clock.seconds()
-        tail = self.figures[-5:].tolist()
-        out = StepOut.unpack(self.figures[:-5], self.n_moe)
-        return out, tail[1], bool(tail[2]), tail[0] > 0, tail[3], tail[4]
+        sizes = [2 * self.n_moe, self.n_votes, 2]
+        sums, biases, votes, tail = self.figures.split([self.figures.numel() - sum(sizes), *sizes])
+        norm, skipped = tail.tolist()
+        low, high = biases.view(2, -1) if self.n_moe else biases.new_zeros(2, 1)
+        return StepOut.unpack(sums, self.n_moe), norm, bool(skipped), votes, low.min().item(), high.max().item()
 
 
-def bias_range(model: Transformer) -> Tensor:
-    """Smallest and largest router bias of the model, [2]; zeros without experts."""
-    biases = [router.e_score_correction_bias for router in model.routers()]
-    return torch.stack(torch.aminmax(torch.cat(biases))) if biases else model.norm.weight.new_zeros(2)
+def bias_ranges(model: Transformer, grid: Grid) -> Tensor:
+    """Smallest and largest router bias of every MoE layer, [2 n_moe] FP64, to be summed over the world: a layer's are
+    brought by the first rank that has it, with zeros from all others."""
+    ranges = torch.zeros(2, moe_layers(model.cfg), dtype=torch.float64, device=grid.device)
+    routers = model.routers()
+    if routers and grid.first_copy:
+        biases = torch.stack([router.e_score_correction_bias for router in routers]).double()
+        ranges[:, model.rows()] = torch.stack([biases.amin(1), biases.amax(1)])
+    return ranges.flatten()
 
 
-def train_step(run, plan: Plan, batches: Iterable[Batch], stop_wanted: bool) -> StepRecord:
-    """Run one optimizer step of `run` (a train.loop.Run) and return its record, still in flight."""
+def train_step(run, plan: Plan, batches: Iterable[Batch], votes: Tensor) -> StepRecord:
+    """Run one optimizer step of `run` (a train.loop.Run) and return its record, still in flight.
+
+    votes: this rank's news (faults.Votes.pack), FP64 on the host; summed over ranks with the step's figures. Router
+    biases in the record are those that the step was made with.
+    """
     clock, spans = Clock(run.device), Spans(run.device)
     run.engine.begin_step()
+    count = plan.sequences // (run.cfg.train.micro_batch_size * run.grid.dp_size)
     with spans.span("compute"):
         source = spans.waiting("data", batches)
-        out = run.executor.run(source, loss_scale=1.0 / plan.tokens, mtp_weight=plan.mtp_weight)
-    figures = torch.cat([out.pack(), torch.tensor([float(stop_wanted)], dtype=torch.float64, device=run.device)])
+        out = run.executor.run(source, count, 1.0 / plan.tokens, plan.mtp_weight, on_chunk_done=run.engine.reduce)
+    sums = out.pack()
+    figures = torch.cat([sums, bias_ranges(run.model, run.grid), votes.to(run.device, non_blocking=True)])
     if run.grid.world_size > 1:
         with spans.span("comm_exposed"):
             dist.all_reduce(figures)
     n_moe = out.entropy.numel()
     with spans.span("optimizer"):
         stats = run.engine.finish_step(plan.lr)
-        counts = StepOut.unpack(figures[:-1], n_moe).counts
+        counts = StepOut.unpack(figures[: sums.numel()], n_moe).counts
         skipped = stats.skipped.double()
         run.model.update_biases(counts, plan.bias_speed * (1 - skipped))
         if run.ema is not None:
             run.ema.update()
-    figures = torch.cat([figures, stats.norm.double().view(1), skipped.view(1), bias_range(run.model).double()])
+    figures = torch.cat([figures, stats.norm.double().view(1), skipped.view(1)])
     host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=figures.is_cuda)
     host.copy_(figures, non_blocking=True)
     clock.stop()
-    return StepRecord(plan, clock, host, n_moe, spans)
+    return StepRecord(plan, clock, host, n_moe, votes.numel(), spans)

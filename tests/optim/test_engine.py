@@ -15,7 +15,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from standin import BATCH, Net, config, reference, same, sample, start, whole
 
 from deepv3.optim import engine as engines
-from deepv3.optim.flat import ALIGN
+from deepv3.optim.flat import ALIGN, GATHER
 
 STEPS = 4
 
@@ -109,7 +109,7 @@ def test_a_skipped_step_leaves_every_bit_in_place():
 def _collectives():
     run = start(config())
     calls = []
-    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_gather"):
+    for name in ("all_reduce", GATHER, "reduce_scatter_tensor", "broadcast", "all_gather"):
         real = getattr(dist, name)
 
         def counted(tensor, *args, _name=name, _real=real, **kwargs):
@@ -120,7 +120,7 @@ def _collectives():
     try:
         run.step(1)
     finally:
-        for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_gather"):
+        for name in ("all_reduce", GATHER, "reduce_scatter_tensor", "broadcast", "all_gather"):
             setattr(dist, name, getattr(dist.distributed_c10d, name))
     sizes = [group.grad.numel() for group in run.engine.flat_groups]
     return calls, sizes
@@ -129,7 +129,7 @@ def _collectives():
 def test_a_step_reduces_each_buffer_once_in_fp32_and_gathers_each_once():
     calls, sizes = ranks.run(2, _collectives)[0]
     expected = [("all_reduce", size) for size in sizes] + [("all_reduce", 1)]
-    assert calls == expected + [("all_gather_into_tensor", 2 * size) for size in sizes]  # BF16 as bytes
+    assert calls == expected + [(GATHER, 2 * size) for size in sizes]  # BF16 as bytes
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def _train(precision, steps, run_dir=None, resume=False):
             out.objective.backward()
             counts, objective = counts + out.counts.double(), objective + out.objective.item()
         stats = engine.finish_step(LR)
-        model.update_biases(grid.sum_over_data(counts), 0.001)
+        model.update_biases(grid.sum_over_world(counts), 0.001)
         objectives.append(objective)
         norms.append(stats.norm.item())
     if run_dir and not resume:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepv3.config.schema import Config
-from deepv3.pipeline.executor import StepOut
+from deepv3.pipeline.figures import StepOut
 from deepv3.train import metrics
 
 
