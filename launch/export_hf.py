@@ -12,7 +12,7 @@ USAGE = """usage: python launch/export_hf.py source=RUN_OR_CHECKPOINT output=FOL
 
   source=PATH      a run folder (its newest complete checkpoint is taken) or one checkpoint
   output=PATH      folder to write; an earlier export of ours is replaced, anything else is left alone
-  dtype=bfloat16   bfloat16 | float32
+  dtype=bfloat16   bfloat16 | float8 (128 x 128 blocks, as released) | float32
   ema=false        true writes the averaged weights
   verify=false     true reloads the result with transformers and compares it with the checkpoint"""
 

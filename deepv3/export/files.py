@@ -13,13 +13,14 @@ from typing import Any
 
 from deepv3.config.schema import ModelConfig, RopeScaling
 from deepv3.errors import CheckpointError, ConfigError
+from deepv3.export import fp8
 
 MARKER = "deepv3_export.json"
 PORTABLE_EPS = 1e-6
 
 
 def hf_config(cfg: ModelConfig, dtype: str, bos: int | None, eos: int | None) -> dict[str, Any]:
-    """config.json for `cfg`, weights in `dtype` (a torch name). bos, eos: token ids or None.
+    """config.json for `cfg`, weights in `dtype`: bfloat16, float32 or float8. bos, eos: token ids or None.
 
     Raises ConfigError for what the format cannot say.
     """
@@ -33,6 +34,8 @@ def hf_config(cfg: ModelConfig, dtype: str, bos: int | None, eos: int | None) ->
             "model.n_shared_experts = 0, but every reader builds at least one shared expert: a model can be exported "
             "only with model.n_shared_experts=1 or more"
         )
+    if dtype == "float8":
+        fp8.require_blockable(cfg)
     own = asdict(cfg)
     same = {f.name: own[f.name] for f in fields(ModelConfig) if f.name in _SAME}
     return {
@@ -57,9 +60,10 @@ def hf_config(cfg: ModelConfig, dtype: str, bos: int | None, eos: int | None) ->
         "ep_size": 1,
         "pretraining_tp": 1,
         "use_cache": True,
-        "torch_dtype": dtype,
+        "torch_dtype": "bfloat16" if dtype == "float8" else dtype,
         "bos_token_id": bos,
         "eos_token_id": eos,
+        **({"quantization_config": fp8.QUANTIZATION_CONFIG} if dtype == "float8" else {}),
     }
 
 
@@ -86,21 +90,6 @@ def reach(cfg: ModelConfig) -> int:
 def _rope_scaling(yarn: RopeScaling | None) -> dict[str, Any] | None:
     """Both spellings of the type (old remote code reads the first, vLLM refuses unequal ones) and both mscales."""
     return None if yarn is None else {"type": "yarn", "rope_type": "yarn", **asdict(yarn)}
-
-
-def model_config(hf: dict[str, Any]) -> ModelConfig:
-    """Our architecture from a config.json that hf_config wrote; training-only fields keep their defaults.
-
-    Raises CheckpointError naming what it lacks.
-    """
-    lacking = sorted({*_SAME, "rope_scaling"} - hf.keys())
-    if lacking:
-        raise CheckpointError(f"config.json lacks {', '.join(lacking)}: not an export of ours, or damaged")
-    values = {name: hf[name] for name in _SAME}
-    yarn = hf["rope_scaling"]
-    if yarn is not None:
-        values["rope_scaling"] = RopeScaling(**{f.name: yarn[f.name] for f in fields(RopeScaling)})
-    return ModelConfig(**values)
 
 
 def generation_config(bos: int | None, eos: int | None, pad: int | None) -> dict[str, Any]:

@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
 from deepv3 import arithmetic
 from deepv3.config.schema import ModelConfig
 from deepv3.data.tokenizer import save_tokenizer
 from deepv3.errors import ConfigError
-from deepv3.export import card, files, shards
+from deepv3.export import card, files, fp8, shards
+from deepv3.export.progress import progress_bar
 from deepv3.export.source import Source
 from deepv3.export.staging import check_output, staged
 from deepv3.export.table import BIAS_SUFFIX, Entry, entries, share
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float8": torch.bfloat16, "float32": torch.float32}  # float8: what fp8.py keeps
 FOLDED = {
     "self_attn.q_a_layernorm.weight": "latent_scale_q",
     "self_attn.kv_a_layernorm.weight": "latent_scale_kv",
@@ -45,8 +44,8 @@ def export(
 ) -> Path:
     """Write the checkpoint `source` (or the newest complete one of the run folder `source`) to the folder `output`.
 
-    dtype: bfloat16 | float32, rounded from the FP32 master weights; router biases stay FP32. ema: write the averaged
-    weights instead. shard_bytes: largest file. Returns output.
+    dtype: bfloat16 | float8 (fp8.py) | float32, rounded from the FP32 master weights; router biases stay FP32. ema:
+    write the averaged weights instead. shard_bytes: largest file. Returns output.
 
     Raises ConfigError for a dtype, an output or an architecture that cannot be exported, CheckpointError for an
     incomplete or damaged checkpoint (naming the file), ResourceError where the disk does not suffice.
@@ -89,13 +88,32 @@ def units(shapes: Mapping[str, tuple[int, ...]], cfg: ModelConfig, dtype: str) -
 def _unit(group: list[Entry], cfg: ModelConfig, dtype: str) -> shards.Unit:
     stored: dict[str, Tensor] = {}
     for entry in group:
-        stored |= encode(entry.name, torch.empty(entry.shape, device="meta"), dtype)
+        stored |= planned(entry.name, entry.shape, dtype)
     return shards.Unit(tuple(group), group[0].layer, group[0].layer >= cfg.num_hidden_layers, stored)
 
 
+def planned(name: str, shape: tuple[int, ...], dtype: str) -> dict[str, Tensor]:
+    """Dtype and shape of what `encode` makes of their tensor `name`, as meta tensors by name."""
+    if dtype == "float8" and fp8.is_quantised(name, shape):
+        grid = tuple(-(-size // fp8.BLOCK) for size in shape)
+        stored = {name: (shape, torch.float8_e4m3fn), name + fp8.SCALE_SUFFIX: (grid, torch.float32)}
+    else:
+        stored = {name: (shape, torch.float32 if name.endswith(BIAS_SUFFIX) else DTYPES[dtype])}
+    return {key: torch.empty(size, dtype=kind, device="meta") for key, (size, kind) in stored.items()}
+
+
 def encode(name: str, tensor: Tensor, dtype: str) -> dict[str, Tensor]:
-    """The stored form of their FP32 tensor `name`: stored tensors by name. Also runs on the meta device, to plan."""
+    """The stored form of their FP32 tensor `name`: stored tensors by name."""
+    if dtype == "float8" and fp8.is_quantised(name, tensor.shape):
+        codes, scales = fp8.quantise(tensor)
+        return {name: codes, name + fp8.SCALE_SUFFIX: scales}
     return {name: tensor if name.endswith(BIAS_SUFFIX) else tensor.to(DTYPES[dtype])}
+
+
+def decode(name: str, stored: Mapping[str, Tensor]) -> Tensor:
+    """The FP32 values that `encode` kept of tensor `name`."""
+    scale = stored.get(name + fp8.SCALE_SUFFIX)
+    return stored[name].float() if scale is None else fp8.dequantise_blocks(stored[name], scale)
 
 
 def portable(name: str, tensor: Tensor, cfg: ModelConfig) -> Tensor:
@@ -113,7 +131,7 @@ def fold_factor(name: str, cfg: ModelConfig) -> float:
 
 def _write_shards(folder: Path, plan, checkpoint: Source, dtype: str, nbytes: int) -> None:
     cfg = checkpoint.cfg.model
-    with _progress_bar() as bar:
+    with progress_bar() as bar:
         task = bar.add_task(f"export {dtype}", total=nbytes)
         for name, group in plan:
             with shards.ShardFile(folder / name, {n: t for unit in group for n, t in unit.tensors.items()}) as file:
@@ -130,13 +148,6 @@ def _unit_tensors(unit: shards.Unit, checkpoint: Source, cfg: ModelConfig, dtype
         if read is None or read[0] != entry.ours:
             read = entry.ours, portable(entry.ours, checkpoint.read(entry.ours, entry.expert), cfg)
         yield from encode(entry.name, share(read[1], entry), dtype).items()
-
-
-def _progress_bar() -> Progress:
-    console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    disable = not console.is_terminal
-    return Progress(TextColumn("{task.description}"), *columns, console=console, transient=True, disable=disable)
 
 
 def _write_card(folder: Path, title: str, checkpoint: Source, dtype: str) -> None:

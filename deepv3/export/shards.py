@@ -22,7 +22,7 @@ from deepv3.export.table import Entry
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4_500_000_000
-FORMAT_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+FORMAT_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 
 
 class Unit(NamedTuple):

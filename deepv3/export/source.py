@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deepv3.checkpoint.find import FOLDER, newest
+from deepv3.checkpoint.find import FOLDER, newest, problems
 from deepv3.checkpoint.reader import Reader
 from deepv3.config.schema import Config, ModelConfig
 from deepv3.config.typed import build
 from deepv3.data.tokenizer import Tokenizer, read_tokenizer
+from deepv3.dist import Grid
 from deepv3.errors import CheckpointError, ConfigError
 from deepv3.model.transformer import Transformer
 
@@ -29,10 +30,10 @@ class Source:
     def __init__(self, source: str | Path, ema: bool = False):
         self.path = find(Path(source))
         self.run_dir = self.path.resolve().parent.parent
-        self._reader = Reader(self.path)
-        damaged = self._reader.verify()
+        damaged = problems(self.path, Grid(1, 0))
         if damaged:
             raise CheckpointError("; ".join(damaged))
+        self._reader = Reader(self.path)
         manifest = self._reader.manifest
         try:
             self.cfg = build(Config, manifest.config)

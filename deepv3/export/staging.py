@@ -25,15 +25,16 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @contextmanager
-def staged(output: Path, nbytes: int) -> Iterator[Path]:
+def staged(output: Path, nbytes: int, what: str = "export") -> Iterator[Path]:
     """A hidden folder to fill; becomes `output` when the block ends well, vanishes when it does not.
 
-    nbytes: what will be written, checked against the free space. Raises ConfigError for an output that is not ours,
-    ResourceError where the disk is too small or fills up, CheckpointError where another export to it is under way.
+    nbytes: what will be written, checked against the free space; what: the act, for messages. Raises ConfigError for an
+    output that is not ours, ResourceError where the disk is too small or fills up, CheckpointError where another export
+    to it is under way.
     """
     check_output(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(output, nbytes)
+    _check_space(output, nbytes, what)
     folder = output.parent / f".{output.name}.partial"
     lock = _lock(output)
     try:
@@ -44,7 +45,7 @@ def staged(output: Path, nbytes: int) -> Iterator[Path]:
         _publish(folder, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"{output}: the disk filled up during the export; nothing was kept: {error}") from error
+            raise ResourceError(f"{output}: the disk filled up during the {what}; nothing was kept: {error}") from error
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -74,12 +75,12 @@ def check_output(output: Path) -> None:
         )
 
 
-def _check_space(output: Path, nbytes: int) -> None:
+def _check_space(output: Path, nbytes: int, what: str) -> None:
     free, needed = shutil.disk_usage(output.parent).free, nbytes + SLACK_BYTES
     if needed > free:
         raise ResourceError(
-            f"the export needs {needed / GIB:.2f} GiB, but {output.parent} has {free / GIB:.2f} GiB free: free some, "
-            "name an output on another disk, or use dtype=bfloat16 if it is float32"
+            f"the {what} needs {needed / GIB:.2f} GiB, but {output.parent} has {free / GIB:.2f} GiB free: free some or "
+            "name an output on another disk" + (" (dtype=bfloat16 takes half of float32)" if what == "export" else "")
         )
 
 

@@ -1,8 +1,8 @@
 """Reloads an export with transformers and holds it against our own model: an export that changed the model is refused.
 
 1. The keys: nothing missing, nothing unexpected outside the MTP layers (transformers itself only warns about either).
-2. The logits, in FP32 on the CPU, on random tokens: transformers on the export against our model on the checkpoint, its
-   weights rounded as the export rounds them, so that only the order of summation differs.
+2. The logits, in FP32 on the CPU, on random tokens: transformers on the export (FP8 dequantised) against our model on
+   the checkpoint, its weights rounded as the export rounds them, so that only the order of summation differs.
 3. MTP, which transformers' main model does not load: our model on the export against our model on the checkpoint.
 4. ``generate``: each token that transformers picks greedily is the likeliest for us too, given the tokens before it.
 5. The tokenizer: AutoTokenizer gives the ids that training saw.
@@ -10,6 +10,7 @@
 Positions whose routing hangs on the last bits of a score are left out of 2 to 4, and counted (ties.py).
 """
 
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,9 @@ from deepv3.config.schema import ModelConfig
 from deepv3.data.tokenizer import read_tokenizer
 from deepv3.errors import CheckpointError, ResourceError
 from deepv3.export import files
-from deepv3.export.hf import encode, fold_factor
+from deepv3.export.folder import Folder
+from deepv3.export.foreign import read_config
+from deepv3.export.hf import decode, encode, fold_factor
 from deepv3.export.load import filled, load_export
 from deepv3.export.source import Source
 from deepv3.export.table import Entry, share
@@ -31,7 +34,10 @@ from deepv3.export.ties import logits_and_sure
 from deepv3.model.transformer import Transformer
 
 TOLERANCE = 3e-5  # of the largest logit. FP32 noise is up to 1e-5; a mistake in a row order moves logits by more than 1
-MEMORY = 6.5  # host bytes a parameter: 4 in FP32, and what transformers takes to stack experts (measured)
+# Host bytes a parameter at the peak (measured): 4 in FP32, and a layer's experts once more while they are stacked; for
+# FP8 also the dequantised values from which transformers loads.
+MEMORY = {"bfloat16": 4.8, "float32": 4.8, "float8": 8.6}
+SERIAL = "HF_DEACTIVATE_ASYNC_LOAD"
 SEQUENCES, PROMPT, NEW_TOKENS = 8, 16, 8
 TEXT = "def main():\n    return 'naïve', 12345  # 深度 🙂\n\n\tThe end.\r\n"
 
@@ -53,11 +59,11 @@ def verify(export_dir: str | Path, source: str | Path | None = None) -> dict:
     """
     folder = Path(export_dir)
     marker = files.read_json(folder / files.MARKER)
-    cfg = files.model_config(files.read_json(folder / "config.json"))
-    _require_memory(folder, cfg)
+    cfg = read_config(files.read_json(folder / "config.json"))
+    _require_memory(folder, cfg, marker["dtype"])
     length = min(PROMPT, cfg.max_position_embeddings - NEW_TOKENS)
     tokens = torch.randint(cfg.vocab_size, (SEQUENCES, length), generator=torch.Generator().manual_seed(0))
-    theirs = _run_transformers(folder, cfg, tokens)
+    theirs = _run_transformers(folder, cfg, marker["dtype"], tokens)
     checkpoint = None if source is None else Source(source, marker["ema"])
     tokenizer = read_tokenizer(folder) if checkpoint is None else checkpoint.tokenizer
     _check_tokenizer(folder, theirs.ids, tokenizer.encode(TEXT))
@@ -74,8 +80,9 @@ def verify(export_dir: str | Path, source: str | Path | None = None) -> dict:
     return out | {"summary": _summary(folder, marker, out)}
 
 
-def _require_memory(folder: Path, cfg: ModelConfig) -> None:
-    count, needed = arithmetic.parameters(cfg).stored, MEMORY * arithmetic.parameters(cfg).stored
+def _require_memory(folder: Path, cfg: ModelConfig, dtype: str) -> None:
+    count = arithmetic.parameters(cfg).stored
+    needed = MEMORY[dtype] * count
     meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
     available = int(meminfo.split("MemAvailable:")[1].split()[0]) << 10
     if needed > available:
@@ -93,18 +100,23 @@ def checkpoint_model(source: Source, marker: dict) -> Transformer:
 
     def rounded(entry: Entry) -> Tensor:
         tensor, factor = source.read(entry.ours, entry.expert), fold_factor(entry.ours, cfg)
-        return encode(entry.name, share(tensor, entry) * factor, marker["dtype"])[entry.name].float() / factor
+        return decode(entry.name, encode(entry.name, share(tensor, entry) * factor, marker["dtype"])) / factor
 
     return filled(cfg, rounded)
 
 
-def _run_transformers(folder: Path, cfg: ModelConfig, tokens: Tensor) -> Theirs:
-    """Load with AutoModelForCausalLM, check the keys, run. Imported here: transformers takes seconds to import."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _run_transformers(folder: Path, cfg: ModelConfig, dtype: str, tokens: Tensor) -> Theirs:
+    """Load with transformers, check the keys, run. Imported here: transformers takes seconds to import."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM
 
     auto: Any = AutoModelForCausalLM  # its return type leaves out the loading info
-    with _quiet():
-        model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    own: Any = DeepseekV3ForCausalLM
+    how: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    with _quiet(), _one_by_one():
+        if dtype == "float8":
+            model, info = own.from_pretrained(None, **how, **_dequantised(folder))
+        else:
+            model, info = auto.from_pretrained(folder, **how)
     check_keys(folder, cfg, info)
     model.generation_config.eos_token_id = None  # every row runs to its end
     with torch.no_grad(), _quiet():
@@ -114,6 +126,20 @@ def _run_transformers(folder: Path, cfg: ModelConfig, tokens: Tensor) -> Theirs:
         )
         logits = model(tokens).logits
     return Theirs(logits, continued, AutoTokenizer.from_pretrained(folder)(TEXT).input_ids)
+
+
+def _dequantised(folder: Path) -> dict[str, Any]:
+    """Arguments of from_pretrained that give it the values of an FP8 export, by their names in the files.
+
+    Its own FP8 reader needs a GPU or the accelerate library, and dequantises wrongly or not at all where a matrix ends
+    inside a block, as V3's kv_a does.
+    """
+    from transformers import AutoConfig
+
+    opened, config = Folder(folder, whole=True), AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    main = [entry for entry in opened.entries if entry.layer < opened.cfg.num_hidden_layers]
+    return {"config": config, "state_dict": {entry.name: opened.read(entry) for entry in main}}
 
 
 def check_keys(folder: Path, cfg: ModelConfig, info: dict) -> None:
@@ -126,6 +152,19 @@ def check_keys(folder: Path, cfg: ModelConfig, info: dict) -> None:
             raise CheckpointError(f"{folder}: transformers reports {kind} tensors: {sorted(map(str, keys))[:5]}")
     if unexpected:
         raise CheckpointError(f"{folder}: transformers reports unexpected tensors: {sorted(unexpected)[:5]}")
+
+
+@contextmanager
+def _one_by_one():
+    """Let transformers 5 read a tensor when it needs it; else threads read ahead and a second model is in memory."""
+    before = os.environ.get(SERIAL)
+    os.environ[SERIAL] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(SERIAL)
+        if before is not None:
+            os.environ[SERIAL] = before
 
 
 @contextmanager

@@ -259,8 +259,8 @@ def test_a_checkpoint_without_one_of_its_models_tensors_is_refused(make_run, tmp
 
     whole = Reader.__init__
 
-    def incomplete(self, folder):
-        whole(self, folder)
+    def incomplete(self, *arguments, **options):
+        whole(self, *arguments, **options)
         del self.shapes["layers.1.mlp.experts.down_proj.weight"]
 
     monkeypatch.setattr(Reader, "__init__", incomplete)
@@ -307,7 +307,7 @@ def test_the_command_exports_and_verifies(command, make_run, tmp_path, capsys):
         (["sourc=x", "output=x"], "Did you mean source"),
         (["source=x", "output=x", "+typo=1"], "typo"),
         (["source=x", "output=x", "ema=maybe"], "ema='maybe'"),
-        (["source=x", "output=x", "dtype=float8"], "dtype=float8.*bfloat16, float32"),
+        (["source=x", "output=x", "dtype=int8"], "dtype=int8.*bfloat16, float8, float32"),
     ],
 )
 def test_the_command_refuses(command, arguments, message):

@@ -12,7 +12,7 @@ from deepv3.errors import CheckpointError, ResourceError
 from deepv3.export.hf import export
 from deepv3.export.load import load_export
 from deepv3.export.ties import choice_margin
-from deepv3.export.verify import verify
+from deepv3.export.verify import MEMORY, verify
 from deepv3.generate.sample import generate
 
 ARCHITECTURES = {
@@ -199,15 +199,20 @@ def test_verify_refuses_an_export_with(mistake, make_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("routed_scaling_factor", 1.0), ("topk_group", 1), ("rope_theta", 500.0), ("norm_topk_prob", False)],
+    ("field", "value", "message"),
+    [
+        ("routed_scaling_factor", 1.0, "logits differ"),
+        ("topk_group", 1, "logits differ"),
+        ("rope_theta", 500.0, "logits differ"),
+        ("norm_topk_prob", False, "norm_topk_prob = False, not True"),
+    ],
 )
-def test_verify_refuses_a_config_that_computes_something_else(field, value, make_run, tmp_path):
+def test_verify_refuses_a_config_that_computes_something_else(field, value, message, make_run, tmp_path):
     run = make_run()
     folder = export(run.dir, tmp_path / "hf", "float32")
     hf = json.loads((folder / "config.json").read_text()) | {field: value}
     (folder / "config.json").write_text(json.dumps(hf))
-    with pytest.raises(CheckpointError, match="logits differ"):
+    with pytest.raises(CheckpointError, match=message):
         verify(folder, run.dir)
 
 
@@ -228,7 +233,7 @@ def test_choice_margin_is_the_distance_to_another_choice():
 
 def test_a_model_that_the_host_cannot_hold_is_refused_before_loading(make_run, tmp_path, monkeypatch):
     folder = export(make_run().dir, tmp_path / "hf")
-    monkeypatch.setattr("deepv3.export.verify.MEMORY", 1e9)
+    monkeypatch.setitem(MEMORY, "bfloat16", 1e9)
     with pytest.raises(ResourceError, match="parameters in FP32, which takes .* GiB available"):
         verify(folder)
 
