@@ -1,9 +1,10 @@
 """Bringing tokens to their experts and the experts' rows back to their tokens.
 
-A dispatcher has two methods, `dispatch` and `combine`, and is handed to the MoE layer from outside: the layer never
-asks where experts live. Here all of them are local and a permutation does.
+A dispatcher has `held`, `dispatch` and `combine`, and is handed to the MoE layer from outside: the layer never asks
+where experts live. Here all of them are local and a permutation does; `exchange` brings tokens to other ranks and back.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,27 @@ class Dispatched(NamedTuple):
 
     rows: Operand  # [R, D]
     gates: Tensor  # [R] FP32, router weight of every row
-    offsets: Tensor  # [G] int32, cumulative row ends of the experts
-    routing: Routing
+    offsets: Tensor  # [G] int32, cumulative row ends of the experts held here
+    routing: Routing  # tables and offsets of the experts held here; indices, weights, counts and balance as they came
+    journey: tuple[Any, ...] = ()  # the exchanges between ranks that brought the rows
+
+
+@dataclass
+class Load:
+    """What the dispatches of a step needed at most, all layers and micro-batches; host numbers, free to read.
+
+    rows: of its experts on this rank; received: copies of tokens that came to it, each serving one or several experts;
+    crossed: rows this rank sent to other nodes (forward and recomputation, a sum).
+    """
+
+    rows: int = 0
+    received: int = 0
+    crossed: int = 0
+
+    def note(self, rows: int, received: int, crossed: int = 0) -> None:
+        """One dispatch."""
+        self.rows, self.received = max(self.rows, rows), max(self.received, received)
+        self.crossed += crossed
 
 
 class LocalDispatch:
@@ -32,10 +52,30 @@ class LocalDispatch:
 
     def __init__(self, keep_rows: bool = False) -> None:
         self.keep_rows = keep_rows
+        self.load = Load()
+
+    @property
+    def peak_rows(self) -> int:
+        """Rows of the fullest dispatch since `take_load`: memory of the experts is proportional to it."""
+        return self.load.rows
+
+    def take_load(self) -> Load:
+        """The load since the last call."""
+        load, self.load = self.load, Load()
+        return load
+
+    def held(self, n_routed_experts: int) -> range:
+        """The experts, by global number, whose matrices are in this process."""
+        return range(n_routed_experts)
 
     def dispatch(self, u: Operand, routing: Routing) -> Dispatched:
         """u: [T, D]."""
-        rows, gates = _Permute.apply(u.value, routing.weights, routing.slot_of_token, routing.token_of_slot)
+        self.load.note(rows=routing.token_of_slot.shape[0], received=routing.indices.shape[0])
+        return self._sort(u, routing.weights, routing)
+
+    def _sort(self, u: Operand, weights: Tensor, routing: Routing) -> Dispatched:
+        """Rows of u [N, D] and their weights [N, K] in the order of the routing's tables; slot -1 is no row."""
+        rows, gates = _Permute.apply(u.value, weights, routing.slot_of_token, routing.token_of_slot)
         again = None
         if not self.keep_rows:
             again = Remade(lambda tokens: kernels.permute(tokens, routing.token_of_slot), u.source())
@@ -43,7 +83,11 @@ class LocalDispatch:
 
     def combine(self, rows: Tensor, dispatched: Dispatched, base: Tensor) -> Tensor:
         """base [T, D] plus the sum of every token's K rows, unweighted: gates are inside the rows already."""
-        return _Unpermute.apply(rows, base, dispatched.routing.slot_of_token, dispatched.routing.token_of_slot)
+        return self._sum(rows, dispatched.routing, base)
+
+    def _sum(self, rows: Tensor, routing: Routing, base: Tensor | None) -> Tensor:
+        """The rows of the routing's tables summed per token, onto `base` where there is one."""
+        return _Unpermute.apply(rows, base, routing.slot_of_token, routing.token_of_slot)
 
 
 class _Permute(torch.autograd.Function):
@@ -52,24 +96,26 @@ class _Permute(torch.autograd.Function):
         ctx: Any, u: Tensor, weights: Tensor, slot_of_token: Tensor, token_of_slot: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(slot_of_token)
-        slots = slot_of_token.flatten().long()
-        gates = torch.empty_like(weights).flatten().scatter_(0, slots, weights.flatten())
-        return kernels.permute(u, token_of_slot), gates
+        slots, n_rows = slot_of_token.flatten().long(), token_of_slot.shape[0]
+        gates = weights.new_zeros(n_rows + 1)  # the last is where choices without a row go
+        gates.scatter_(0, torch.where(slots < 0, n_rows, slots), weights.flatten())
+        return kernels.permute(u, token_of_slot), gates[:n_rows]
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor, dgates: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (slot_of_token,) = ctx.saved_tensors
-        dweights = dgates.index_select(0, slot_of_token.flatten()).view(slot_of_token.shape)
+        dweights = torch.cat([dgates, dgates.new_zeros(1)])[slot_of_token.long()]  # -1 finds the zero
         return kernels.unpermute(drows.contiguous(), slot_of_token), dweights, None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, base: Tensor, slot_of_token: Tensor, token_of_slot: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, base: Tensor | None, slot_of_token: Tensor, token_of_slot: Tensor) -> Tensor:
         ctx.save_for_backward(token_of_slot)
         return kernels.unpermute(rows, slot_of_token, base)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (token_of_slot,) = ctx.saved_tensors
-        return kernels.permute(dy.contiguous(), token_of_slot), dy, None, None
+        dbase = dy if ctx.needs_input_grad[1] else None
+        return kernels.permute(dy.contiguous(), token_of_slot), dbase, None, None

@@ -40,8 +40,8 @@ def initialise(model: nn.Module, seed: int, std: float, first_expert: int = 0) -
 @torch.no_grad()
 def draw_(tensor: Tensor, seed: int, name: str, std: float, first_expert: int = 0) -> Tensor:
     """N(0, std^2) into `tensor`. A 3-D tensor stacks experts, of which the first is global number first_expert."""
-    experts = tensor.unbind() if tensor.dim() == 3 else (tensor,)
-    for number, part in enumerate(experts, first_expert):
+    experts, first = (tensor.unbind(), first_expert) if tensor.dim() == 3 else ((tensor,), 0)
+    for number, part in enumerate(experts, first):
         generator = torch.Generator(tensor.device).manual_seed(_stable_seed(seed, name, number))
         part.copy_(torch.randn(part.shape, generator=generator, device=part.device).mul_(std))
     return tensor

@@ -7,6 +7,7 @@ import small_model as small
 import torch
 
 from deepv3.config.schema import Config, ModelConfig
+from deepv3.model.dispatch import LocalDispatch
 from deepv3.model.init import draw_, kind_of
 from deepv3.model.transformer import Transformer, build_model
 
@@ -80,6 +81,19 @@ def test_v3_has_three_dense_layers_then_58_mixtures_and_one_in_mtp(full_size):
     assert experts == [False] * 3 + [True] * 58 and len(full_size.routers()) == 59
     assert full_size.layers[2].mlp.down_proj.weight.shape == (7168, 18432)
     assert full_size.layers[3].mlp.experts.gate_up_proj.weight.shape == (256, 4096, 7168)
+
+
+def test_a_rank_with_some_experts_starts_with_the_weights_of_the_whole():
+    class Second(LocalDispatch):
+        def held(self, n_routed_experts):
+            return range(n_routed_experts // 2, n_routed_experts)
+
+    whole, half = (Transformer(small.config(), dispatcher=dispatcher) for dispatcher in (None, Second()))
+    for model in (whole, half):
+        model.init_weights(5)
+    expected = whole.state_dict()
+    for name, value in half.state_dict().items():
+        assert torch.equal(value, expected[name][8:] if ".experts." in name else expected[name]), name
 
 
 def test_initialising_on_the_meta_device_does_nothing(full_size):
