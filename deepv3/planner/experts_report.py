@@ -93,6 +93,7 @@ def main(overrides: Mapping[str, str]) -> int:
         print(json.dumps(content))
         return EXIT_DONE
     console = Console()
+    console = console if console.is_terminal else Console(width=120)  # a file has no width of its own
     console.print(headline(placement), layers_table(placement), placement_table(placement, row))
     console.print(escape(f"written: {', '.join(map(str, files))}"), soft_wrap=True)
     return EXIT_DONE
