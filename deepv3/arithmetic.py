@@ -114,3 +114,84 @@ def attention_flops(m: ModelConfig, seq_len: int, causal: bool = True) -> float:
     """FLOPs of the attention core (scores and their product with the values), forward, per token and layer."""
     square = 2.0 * seq_len * m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim)
     return square / 2 if causal else square
+
+
+BLOCK = 128  # elements that share one FP8 scale
+SCALE = 4  # bytes of a scale
+
+
+def fp8_bytes(width: int) -> int:
+    """A row in E4M3 with an FP32 scale per 128 elements: 7168 -> 7392 bytes."""
+    return width + -(-width // BLOCK) * SCALE
+
+
+@dataclass(frozen=True)
+class Wire:
+    """Bytes of one token's one copy on the wire. Forward dispatch and backward of combine carry the dispatch format."""
+
+    dispatch: int  # a token to an expert's rank, and in backward its output's gradient
+    combine: int  # an expert's output back, and in backward the input's gradient: BF16 (V3 3.3.3)
+    boundary: int  # between pipeline stages, either way
+
+
+def wire_bytes(m: ModelConfig, precision: str) -> Wire:
+    """Sizes on the wire. precision: fp32 | bf16 | fp8, the last with FP8 in dispatch only (V3 3.3.3, HW 3.2)."""
+    wide = m.hidden_size * (4 if precision == "fp32" else 2)
+    return Wire(fp8_bytes(m.hidden_size) if precision == "fp8" else wide, wide, wide)
+
+
+def activation_bytes(m: ModelConfig, precision: str, recompute: str, moe: bool, sent: bool = True) -> dict[str, int]:
+    """Bytes per token that one layer keeps from forward to backward, by part.
+
+    precision: fp32 | bf16 | fp8 (V3 3.3.3: linear inputs E4M3, W_O's input E5M6, SwiGLU inputs E4M3). recompute:
+    train.recompute. moe: expert layer or dense. sent: expert rows came from other ranks and are kept; rows of a local
+    permutation are made again. V3 in FP8, selective: 156,768 bytes.
+    """
+    d, heads, value = m.hidden_size, m.num_attention_heads, m.v_head_dim
+    width = 4 if precision == "fp32" else 2
+    if recompute == "full":
+        return {"residual stream": width * d}
+    fp8 = precision == "fp8"
+    inner = fp8_bytes if fp8 else lambda elements: width * elements
+    latent = (m.q_lora_rank or 0) + m.kv_lora_rank + m.qk_rope_head_dim
+    kept = {
+        "residual stream": 2 * width * d,
+        "latents": width * latent,
+        "attention output": heads * value * 3 // 2 + heads * value // BLOCK * SCALE if fp8 else width * heads * value,
+        "softmax statistics": 4 * heads,
+    }
+    if moe:
+        per_token, width_e = m.num_experts_per_tok, m.moe_intermediate_size
+        kept["router"] = 4 * m.n_routed_experts + 12 * per_token
+        kept["dispatched rows"] = per_token * inner(d) if sent else 0
+        kept["expert SwiGLU input"] = per_token * inner(2 * width_e)
+        kept["shared SwiGLU input"] = inner(2 * width_e) * m.n_shared_experts
+    else:
+        kept["dense SwiGLU input"] = inner(2 * m.intermediate_size)
+    if recompute == "none":
+        kept["norm outputs"] = inner(d) * 2 + inner(latent - m.qk_rope_head_dim)
+        kept["queries, keys, values"] = width * heads * (2 * (m.qk_nope_head_dim + m.qk_rope_head_dim) + value)
+    return kept
+
+
+def kv_cache_bytes(m: ModelConfig) -> int:
+    """Bytes per token of the latent cache in BF16 over all main layers: V3 70,272 (HW Table 1)."""
+    return 2 * (m.kv_lora_rank + m.qk_rope_head_dim) * m.num_hidden_layers
+
+
+def flops_by_part(m: ModelConfig, seq_len: int, causal: bool = True) -> dict[str, float]:
+    """`flops_per_token` by what multiplies: the parts sum to it, with MTP as a part of its own."""
+    b, count, d = block(m), parameters(m), m.hidden_size
+    dense = min(m.first_k_dense_replace, m.num_hidden_layers)
+    moe, layers = m.num_hidden_layers - dense, m.num_hidden_layers
+    whole, without = (flops_per_token(m, seq_len, causal, mtp) for mtp in (True, False))
+    return {
+        "attention projections": 6.0 * layers * (b.attention - b.attention_norms),
+        "attention scores": 3.0 * layers * attention_flops(m, seq_len, causal),
+        "dense feed-forward": 6.0 * dense * b.dense,
+        "routed experts": 6.0 * moe * m.num_experts_per_tok * b.expert,
+        "shared experts": 6.0 * moe * b.shared,
+        "router": 6.0 * moe * m.n_routed_experts * d,
+        "head": 6.0 * count.embedding,
+        "MTP": whole - without,
+    }

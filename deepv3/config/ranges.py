@@ -13,8 +13,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel.schedule": ("1f1b", "zb1p", "dualpipe", "dualpipev"),
     "precision.name": ("fp32", "bf16"),
     "train.recompute": ("none", "selective", "full"),
+    "train.spike": ("off", "warn", "rewind"),
     "train.finish": ("sample", "export", "verify"),  # each entry of the list
     "logging.wandb": ("offline", "online", "disabled"),
+    "cluster.network": ("mpft", "ft2", "ft3"),
 }
 
 # 0 <= value <= 1, or < 1 where 1 would switch the mechanism off for ever.
@@ -25,8 +27,10 @@ BELOW_ONE = ("data.validation_fraction", "optim.beta1", "optim.beta2", "optim.em
 ZERO_ALLOWED = frozenset({
     "seed", "model.first_k_dense_replace", "model.n_shared_experts", "model.num_nextn_predict_layers",
     "model.aux_loss_alpha", "model.bias_update_speed", "model.mtp_loss_weight", "data.tokenizer_vocab_size",
-    "data.num_proc", "optim.lr", "optim.warmup_steps", "optim.weight_decay", "train.steps", "train.tokens",
-    "train.eval_every", "checkpoint.every", "logging.plot_every", "cluster.peak_tflops", *FRACTIONS, *BELOW_ONE,
+    "data.num_proc", "parallel.ranks_per_node", "optim.lr", "optim.warmup_steps", "optim.weight_decay", "train.steps", "train.tokens",
+    "train.eval_every", "checkpoint.every", "checkpoint.keep_every",
+    "train.hang_seconds", "logging.straggler_ratio", "logging.plot_every", "cluster.peak_tflops",
+    "cluster.devices", *FRACTIONS, *BELOW_ONE,
 })  # fmt: skip
 
 

@@ -161,6 +161,9 @@ class ParallelConfig:
     ep_size: int = knob(1, "Ranks that share one set of experts; divides dp and n_routed_experts (V3 3.2: 64).")
     schedule: str = knob("1f1b", "1f1b | zb1p | dualpipe | dualpipev: order of forward and backward chunks (V3 3.2.1).")
     layout: str = knob("", "Layers per stage as text, such as E4|4|...|1HM (docs/schedules.md); empty splits evenly.")
+    ranks_per_node: int = knob(
+        0, "Consecutive ranks with a fast network between them (V3 3.2: 8); 0 takes what torchrun started per node."
+    )
     strict: bool = knob(False, "Refuse micro-batch counts with which the schedule would run less than fully overlapped.")
 
 

@@ -1,0 +1,146 @@
+"""Calibration from measurements: a JSON file of rows in, a `Calibration` out.
+
+    {"format": 1, "name": "our H200", "device": "h200", "command": "...", "versions": {...}, "rows": [...]}
+
+A row has a kind, what was moved or computed, and the seconds it took. Constants without rows keep the value of the
+built-in calibration named by "base" (default report). The median of a constant's rows counts, their extremes are its
+range.
+
+    kind        further keys                                            constant
+    gemm        format fp8|bf16, shape dense|grouped,                   {format}_{shape}[_dgrad|_wgrad]
+                pass forward|input|weight, flops
+    attention   pass forward|backward, flops (causal half)              attention, attention_backward
+    copy        bytes (read and written)                                hbm
+    alltoall    scope nvlink|nic, bytes (sent to other ranks)           nvlink|nic, sync_*: a line through >= 2 sizes
+    elementwise piece attention|experts, bytes (fewest needed)          traffic_attention, traffic_experts
+    pair        slots (seconds of its slots, alone)                     interference
+    host        layers (forward and backward passes of layers)          layer_overhead
+    update      parameters                                              update_bytes
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from deepv3.errors import ConfigError
+from deepv3.planner.calibration import BUILT_IN, Calibration, Value
+from deepv3.planner.hardware import DEVICES, Device
+
+Row = Mapping[str, Any]
+FORMAT = 1
+
+
+def _gemm(row: Row, device: Device) -> tuple[str, float]:
+    suffix = {"forward": "", "input": "_dgrad", "weight": "_wgrad"}[row["pass"]]
+    peak = device.fp8 if row["format"] == "fp8" else device.bf16
+    return f"{row['format']}_{row['shape']}{suffix}", row["flops"] / row["seconds"] / peak
+
+
+def _attention(row: Row, device: Device) -> tuple[str, float]:
+    suffix = {"forward": "", "backward": "_backward"}[row["pass"]]
+    return f"attention{suffix}", row["flops"] / row["seconds"] / device.bf16
+
+
+def _copy(row: Row, device: Device) -> tuple[str, float]:
+    return "hbm", row["bytes"] / row["seconds"] / device.hbm
+
+
+def _elementwise(row: Row, device: Device) -> tuple[str, float]:
+    # Against the nominal bandwidth: divided by the fraction a copy reaches in `calibrate`.
+    return f"traffic_{row['piece']}", row["seconds"] * device.hbm / row["bytes"]
+
+
+def _pair(row: Row, device: Device) -> tuple[str, float]:
+    return "interference", row["seconds"] / row["slots"]
+
+
+def _host(row: Row, device: Device) -> tuple[str, float]:
+    return "layer_overhead", row["seconds"] / row["layers"]
+
+
+def _update(row: Row, device: Device) -> tuple[str, float]:
+    return "update_bytes", row["seconds"] * device.hbm / row["parameters"]
+
+
+READERS: dict[str, Callable[[Row, Device], tuple[str, float]]] = {
+    "gemm": _gemm, "attention": _attention, "copy": _copy, "elementwise": _elementwise, "pair": _pair, "host": _host,
+    "update": _update,
+}  # fmt: skip
+ALIASES = {"fp8_dense_dgrad": "fp8_dense", "bf16_dense_dgrad": "bf16_dense", "bf16_grouped_dgrad": "bf16_grouped",
+           "bf16_grouped_wgrad": "bf16_grouped"}  # fmt: skip
+"""Passes that share a constant."""
+PER_COPY = ("traffic_attention", "traffic_experts", "update_bytes")
+"""Bytes over the bandwidth that a copy reaches."""
+
+
+def calibrate(rows: Sequence[Row], device: Device, base: Calibration, name: str) -> Calibration:
+    """The base with every constant that has rows replaced. Raises ConfigError for a row that cannot be read."""
+    found: dict[str, list[float]] = defaultdict(list)
+    sent: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        try:
+            if not row["seconds"] > 0:
+                raise ValueError(f"seconds = {row['seconds']}")
+            if row["kind"] == "alltoall":
+                sent[row["scope"]].append((float(row["bytes"]), float(row["seconds"])))
+                continue
+            constant, value = READERS[row["kind"]](row, device)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ConfigError(f"calibration row {number}, {dict(row)}: {type(error).__name__} {error}") from None
+        found[ALIASES.get(constant, constant)].append(value)
+    for scope, points in sent.items():
+        found |= _line(scope, points, device)
+    reached = median(found["hbm"]) if "hbm" in found else base.hbm.value
+    for constant in PER_COPY:
+        if constant in found:
+            found[constant] = [value * reached for value in found[constant]]
+    known = base.constants()
+    strange = sorted(set(found) - set(known))
+    if strange:
+        raise ConfigError(f"calibration rows name {', '.join(strange)}; there is {', '.join(known)}")
+    slower_when_high = {"traffic_attention", "traffic_experts", "interference", "layer_overhead", "update_bytes"}
+    changed = {}
+    for constant, values in found.items():
+        ends = (min(values), max(values))
+        high_is_slow = constant in slower_when_high or constant.startswith("sync")
+        low, high = ends[::-1] if high_is_slow else ends
+        changed[constant] = Value(median(values), low, high, f"{len(values)} measured rows of {name}")
+    return base.changed(changed, name)
+
+
+def _line(scope: str, points: list[tuple[float, float]], device: Device) -> dict[str, list[float]]:
+    """Bandwidth and fixed time of an all-to-all: the straight line of least squares through (bytes, seconds)."""
+    if len({size for size, _ in points}) < 2:
+        raise ConfigError(f"calibration: all-to-all over {scope} needs rows of 2 sizes to tell bandwidth from latency")
+    nominal = {"nvlink": device.nvlink, "nic": device.nic}[scope]
+    mean_x, mean_y = (sum(column) / len(points) for column in zip(*points))
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    if slope <= 0:
+        raise ConfigError(f"calibration: all-to-all over {scope} gets no slower with more bytes: {points}")
+    return {scope: [1.0 / slope / nominal], f"sync_{scope}": [max(0.0, mean_y - slope * mean_x)]}
+
+
+def read_calibration(name: str) -> Calibration:
+    """A built-in calibration by name, or one from a file of rows. Raises ConfigError."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    path = Path(name)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"calibration = {name} is neither one of {', '.join(BUILT_IN)} nor a readable JSON file ({error}); "
+            "docs/planner.md has its format"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ConfigError(f"calibration = {name}: format is not {FORMAT}; make the file anew with this version")
+    device, base = content.get("device"), content.get("base", "report")
+    if device not in DEVICES or base not in BUILT_IN or not isinstance(content.get("rows"), list):
+        raise ConfigError(
+            f"calibration = {name}: device = {device!r} must be one of {', '.join(DEVICES)}, base = {base!r} one of "
+            f"{', '.join(BUILT_IN)}, rows a list"
+        )
+    return calibrate(content["rows"], DEVICES[device], BUILT_IN[base], content.get("name", path.stem))

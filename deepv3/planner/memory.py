@@ -1,0 +1,179 @@
+"""Bytes on each pipeline rank at the worst moment of a step, part by part.
+
+    weights       training format; FP32 weights are their own master (deepv3/optim/flat.py)
+    fp8 weights   E4M3 of the FP8 projections, once as they are and once transposed, made once a step
+    gradients     FP32, whole (ZeRO-1)
+    master, moments   sharded over the ranks that hold the same weights
+    activations   what layers keep (`arithmetic.activation_bytes`), for every chunk between its forward and its backward
+                  or, where that is split, its weight gradient: the largest sum while walking the rank's own list
+    transfers     pipeline messages sent and not yet freed, received and not yet used
+    dispatch      rows in and out of one all-to-all forward and one backward, with headroom for imbalance
+    workspace     the largest temporary of a layer or of the loss, and what CUDA, NCCL and the allocator keep
+
+Everything is a sum of products of batch, sequence and widths, so nothing shrinks when a batch grows.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from deepv3.arithmetic import activation_bytes, wire_bytes
+from deepv3.errors import ResourceError
+from deepv3.pipeline.actions import BACKWARD, FORWARD, WEIGHT_GRAD, parts
+from deepv3.planner.calibration import Calibration
+from deepv3.planner.hardware import GIB
+from deepv3.planner.layout import Layout
+
+HEADROOM = 1.25
+"""Received rows over their mean: buffers are fixed and no token is dropped (V3 2.1.2); the balanced routing of V3
+keeps the fullest rank of a micro-batch below this."""
+KNOBS = {
+    "activations": "train.recompute=full, a smaller train.micro_batch_size, or more of parallel.pp_size",
+    "weights": "more of parallel.ep_size or parallel.pp_size",
+    "gradients": "more of parallel.ep_size or parallel.pp_size, or parallel.schedule=dualpipev, which holds no copies",
+    "master": "more data-parallel ranks",
+    "moments": "more data-parallel ranks, or optim.moment_dtype=bfloat16",
+    "fp8 weights": "precision=bf16, or more of parallel.ep_size or parallel.pp_size",
+    "transfers": "a smaller train.micro_batch_size",
+    "dispatch": "a smaller train.micro_batch_size",
+    "workspace": "a smaller train.micro_batch_size or train.loss_chunk",
+}
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """One pipeline rank. parts: bytes. in_flight: chunks kept at the worst moment. parameters: that it holds."""
+
+    rank: int
+    role: str
+    parts: dict[str, float]
+    in_flight: int
+    parameters: int
+
+    @property
+    def total(self) -> float:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+class Memory:
+    """Memory of one layout."""
+
+    def __init__(self, layout: Layout, cal: Calibration) -> None:
+        self.layout, self.cal = layout, cal
+        m, sent = layout.m, layout.ep > 1
+        layer = {
+            moe: layout.tokens * sum(activation_bytes(m, layout.precision, layout.recompute, moe, sent).values())
+            for moe in (False, True)
+        }
+        self.kept = [
+            sum(layer[index >= m.first_k_dense_replace] for index in spec.layers)
+            + spec.mtp * (layer[True] + layout.tokens * 6 * m.hidden_size)  # eh_proj's input and the normed halves
+            + (spec.head + spec.mtp) * layout.tokens * 2 * m.hidden_size  # the head's input gradient, see head.py
+            for spec in layout.specs
+        ]
+
+    def ranks(self) -> list[RankMemory]:
+        """Every pipeline rank."""
+        return [self.rank(rank) for rank in range(self.layout.pp)]
+
+    def rank(self, rank: int) -> RankMemory:
+        """One pipeline rank."""
+        layout = self.layout
+        shared, experts = (sum(column) for column in zip(*(layout.stage_parameters(s) for _, s in layout.held(rank))))
+        group = layout.dp * layout.copies()
+        shard = shared / group + experts * layout.ep / group
+        wide = layout.precision == "fp32"
+        in_flight, activations = self._peak(rank)
+        found = {
+            "weights": (shared + experts) * (4.0 if wide else 2.0),
+            "gradients": (shared + experts) * 4.0,
+            "master": 0.0 if wide else shard * 4.0,
+            "moments": shard * 2.0 * layout.moment_bytes,
+            "fp8 weights": self._fp8_weights(rank) if layout.precision == "fp8" else 0.0,
+            "activations": activations,
+            "transfers": self._transfers(),
+            "dispatch": self._dispatch(),
+            "workspace": self._workspace() + self.cal.workspace.value,
+        }
+        role = " + ".join(f"{stage}:{spec}" for stage, spec in layout.held(rank))
+        return RankMemory(rank, role, found, in_flight, shared + experts)
+
+    def _fp8_weights(self, rank: int) -> float:
+        layout, m = self.layout, self.layout.m
+        not_fp8 = 0
+        for _, spec in layout.held(rank):
+            layers = len(spec.layers) + spec.mtp
+            not_fp8 += (spec.embedding + spec.head) * m.vocab_size * m.hidden_size
+            not_fp8 += layers * m.n_routed_experts * m.hidden_size
+        whole = sum(sum(layout.stage_parameters(spec)) for _, spec in layout.held(rank))
+        return 2.0 * max(0, whole - not_fp8)
+
+    def _peak(self, rank: int) -> tuple[int, float]:
+        """(chunks, bytes) kept at the fullest moment; lists longer than 2 x ranks repeat it."""
+        layout = self.layout
+        lists = layout.lists(min(layout.micro_batches, 2 * layout.pp + 2))
+        live: Counter[int] = Counter()
+        split = {
+            (action.stage, action.micro_batch)
+            for step in lists.compute(rank)
+            for action in parts(step)
+            if action.kind == WEIGHT_GRAD
+        }
+        held, most, worst, count = 0.0, 0, 0.0, 0
+        for step in lists.compute(rank):
+            actions = sorted(parts(step), key=lambda action: action.kind != FORWARD)  # a pair's forward counts first
+            for action in actions:
+                chunk = (action.stage, action.micro_batch)
+                if action.kind == FORWARD:
+                    live[action.stage] += 1
+                    held, count = held + self.kept[action.stage], count + 1
+                elif action.kind == WEIGHT_GRAD or (action.kind == BACKWARD and chunk not in split):
+                    held, count = held - self.kept[action.stage], count - 1
+                if held > worst:
+                    most, worst = count, held
+        return most, worst
+
+    def _transfers(self) -> float:
+        """Two tensors each way and channel: one on its way while the next is made."""
+        layout = self.layout
+        if layout.pp == 1:
+            return 0.0
+        return 4.0 * 2 * layout.tokens * wire_bytes(layout.m, layout.precision).boundary
+
+    def _dispatch(self) -> float:
+        layout, m = self.layout, self.layout.m
+        if layout.ep == 1:
+            return 0.0
+        wire = wire_bytes(m, layout.precision)
+        rows = layout.tokens * m.num_experts_per_tok * HEADROOM
+        return 2.0 * rows * (wire.dispatch + wire.combine)
+
+    def _workspace(self) -> float:
+        """The larger of: attention's queries, keys, values with gradients; expert rows; a chunk of logits."""
+        layout, m = self.layout, self.layout.m
+        width = 4.0 if layout.precision == "fp32" else 2.0
+        qkv = m.num_attention_heads * (2 * (m.qk_nope_head_dim + m.qk_rope_head_dim) + m.v_head_dim)
+        rows = m.num_experts_per_tok * (m.hidden_size + 3 * m.moe_intermediate_size)
+        logits = min(layout.loss_chunk, layout.tokens) * m.vocab_size
+        return width * max(2 * layout.tokens * qkv, layout.tokens * rows, 2 * logits)
+
+
+def misfit(ranks: list[RankMemory], layout: Layout) -> str:
+    """Why the fullest rank does not fit, and the knob for its largest part; empty if all fit."""
+    capacity, worst = layout.cluster.device.memory, max(ranks, key=lambda rank: rank.total)
+    if worst.total <= capacity:
+        return ""
+    largest = sorted(worst.parts, key=lambda part: -worst.parts[part])[:2]
+    listed = ", ".join(f"{part} {size / GIB:.1f}" for part, size in worst.parts.items() if size)
+    return (
+        f"pipeline rank {worst.rank} ({worst.role}) needs {worst.total / GIB:.1f} GiB, "
+        f"{layout.cluster.device.name} has {capacity / GIB:.1f}: {listed}. Largest: "
+        + "; ".join(f"{part}: {KNOBS[part]}" for part in largest)
+    )
+
+
+def require_fit(ranks: list[RankMemory], layout: Layout) -> None:
+    """Raise ResourceError for a layout that does not fit."""
+    reason = misfit(ranks, layout)
+    if reason:
+        raise ResourceError(reason)
