@@ -18,15 +18,24 @@ from typing import NoReturn
 from deepv3.config.compose import PRESET, compose, groups, headline, to_yaml
 from deepv3.config.schema import Config
 from deepv3.config.validate import validate
-from deepv3.errors import EXIT_DONE, EXIT_RESTART, ConfigError, DeepV3Error
+from deepv3.errors import EXIT_DONE, EXIT_RESTART, EXIT_USER, ConfigError, DeepV3Error
 
 EXIT_BUG = 1
 SILENCE = 3.0  # seconds that other ranks leave rank 0 to tell of a mistake all share
 
 
 def main(run: Callable[[Config], object]) -> NoReturn:
-    """Entry of a launch script that works on a whole Config: ``run`` gets the validated one; ends the process."""
-    sys.exit(execute(run, sys.argv[1:]))
+    """Entry of a launch script that works on a whole Config: ``run`` gets the validated one; ends the process.
+
+    A rank that fails beside others ends at once: what would be tidied up (communicators, threads that wait for a dead
+    peer) may never return.
+    """
+    code = execute(run, sys.argv[1:])
+    if code != EXIT_DONE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def execute(run: Callable[[Config], object], argv: Sequence[str]) -> int:
@@ -51,6 +60,8 @@ def execute(run: Callable[[Config], object], argv: Sequence[str]) -> int:
 
 def guarded(work: Callable[[], object], run_dir: Path | None = None) -> int:
     """Call ``work``; its end, good or bad, as an exit code, a message and ``run_dir/exit.json``."""
+    if (again := _same_mistake(run_dir)) is not None:
+        return again
     try:
         _open_folder(run_dir)
         work()
@@ -78,7 +89,7 @@ def report(error: BaseException, run_dir: Path | None, identical: bool = False) 
         if code == EXIT_BUG:
             traceback.print_exception(error)
         else:
-            _say(type(error).__name__, reason)
+            say(type(error).__name__, reason)
     return code
 
 
@@ -101,8 +112,20 @@ def record_exit(run_dir: Path | None, code: int, reason: str) -> bool:
         temporary.write_text(json.dumps(row) + "\n")
         temporary.replace(path)
     except OSError as error:
-        _say("warning", f"{path} cannot be written: {error}")
+        say("warning", f"{path} cannot be written: {error}")
     return True
+
+
+def _same_mistake(run_dir: Path | None) -> int | None:
+    """The exit code of the attempt before, if a launcher restarts what the user has to mend first; None to go on."""
+    if run_dir is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    earlier = _read_json(run_dir / "exit.json")
+    if earlier.get("code") != EXIT_USER:
+        return None
+    if rank() == 0:
+        say("not started again", f"the attempt before ended with: {earlier.get('reason')}")
+    return EXIT_USER
 
 
 def _open_folder(run_dir: Path | None) -> None:
@@ -150,7 +173,8 @@ def _likely_run_dir(arguments: Sequence[str]) -> Path | None:
         return None
 
 
-def _say(kind: str, message: str) -> None:
+def say(kind: str, message: str) -> None:
+    """A line on stderr in the form of every message that ends a run: `kind: message`, with the rank where it matters."""
     who = f"rank {rank()}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 and rank() else ""
     red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
     print(f"{red}{who}{kind}: {message}{plain}", file=sys.stderr, flush=True)

@@ -1,10 +1,12 @@
 """From a config and a rank's place in the grid to what the rank runs: its part of the model and an executor over it."""
 
+import os
 from dataclasses import dataclass
 
 from deepv3.config.schema import Config
 from deepv3.config.validate import ramp_sizes
 from deepv3.dist import Grid
+from deepv3.model.node_exchange import make_dispatch
 from deepv3.model.transformer import DTYPES, Transformer
 from deepv3.pipeline.executor import Executor
 from deepv3.pipeline.layout import StageSpec, embedding_ranks, place
@@ -62,17 +64,23 @@ class Placement:
         return "edp" if ".experts." in name else "zero"
 
 
+def ranks_per_node(cfg: Config, grid: Grid) -> int:
+    """Consecutive ranks that share a fast network: as configured, else as torchrun started them."""
+    return cfg.parallel.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", grid.world_size))
+
+
 def build_pipeline(cfg: Config, grid: Grid, placement: Placement) -> tuple[Transformer, Executor | PlainExecutor]:
     """This rank's part of the model, with its initial weights, and what runs it."""
     queues = [WeightGradQueue() for _ in placement.held]
     parts = [(placement.specs[stage], queue) for stage, queue in zip(placement.held, queues)]
-    whole = len(placement.specs) == 1
+    whole, full = len(placement.specs) == 1, cfg.train.recompute == "full"
     model = Transformer(
         cfg.model,
         cfg.train.recompute,
         cfg.train.loss_chunk,
         device=grid.device,
         dtype=DTYPES[cfg.precision.name],
+        dispatcher=make_dispatch(grid, cfg.model.n_routed_experts, ranks_per_node(cfg, grid), full),
         parts=() if whole else parts,
     )
     model.init_weights(cfg.seed)

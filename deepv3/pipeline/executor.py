@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from deepv3.config.schema import Config
 from deepv3.data.loader import Batch
@@ -33,6 +34,7 @@ from deepv3.pipeline.overlap import Walk, interleave
 from deepv3.pipeline.p2p import Key, Mailbox
 from deepv3.pipeline.schedule import Schedule, forward_only, make_schedule
 from deepv3.pipeline.stage import Scales, Stage, Tape
+from deepv3.pipeline.timeline import WAITING, Timeline
 
 Done = Callable[[int], None]
 
@@ -109,6 +111,10 @@ class Executor:
         self.model.train()
         return out
 
+    def take_timeline(self) -> Timeline:
+        """What communication was hidden and how long this rank waited, since the last call."""
+        return self.lanes.take_timeline()
+
     def _walk(self, schedule: Schedule, batches: Iterable[Batch], scales: Scales, done: Done) -> StepOut:
         left = dict.fromkeys(self.stages, 0)
         for step in schedule.compute(self.rank):
@@ -120,6 +126,7 @@ class Executor:
             self._step(item)
         assert not self.now.tapes, f"micro-batches without a backward: {[*self.now.tapes]}"
         self.mail.check_empty()
+        assert not any(len(stage.queue) for stage in self.stages.values()), "weight gradients are left in a queue"
         self.now = None
         return total
 
@@ -135,7 +142,7 @@ class Executor:
 
     def _forward(self, action: Action) -> None:
         tape = self._begin(action)
-        self.lanes.walk(self.stages[action.stage].forward(tape), "F").finish()
+        self.lanes.walk(self.stages[action.stage].forward(tape)).finish()
         self._hand_on(action, tape)
 
     def _backward(self, action: Action) -> None:
@@ -153,15 +160,15 @@ class Executor:
         self._finish_backward(action)
 
     def _weight(self, action: Action) -> None:
-        self.stages[action.stage].queue.pop()
+        self.lanes.timed(self.stages[action.stage].queue.pop)
         self._count(action.stage)
 
     def _pair(self, pair: Pair) -> None:
         tape = self._begin(pair.forward)
         queue = self.stages[pair.backward.stage].queue
         queue.deferring = True
-        forward = self.lanes.walk(self.stages[pair.forward.stage].forward(tape), "F")
-        interleave(forward, self._backward_walk(pair.backward), queue.run_open)
+        forward = self.lanes.walk(self.stages[pair.forward.stage].forward(tape))
+        interleave(forward, self._backward_walk(pair.backward), lambda: self.lanes.timed(queue.run_open))
         self._hand_on(pair.forward, tape)
         self._finish_backward(pair.backward)
         self._count(pair.backward.stage)
@@ -169,10 +176,16 @@ class Executor:
     def _begin(self, action: Action) -> Tape:
         assert self.now is not None
         stage, key = self.stages[action.stage], ("act", action.stage, action.micro_batch)
-        x = None if self.routes.source(action) is None else self.mail.take(key)  # type: ignore[arg-type]
+        x = None if self.routes.source(action) is None else self._receive_for(key)  # type: ignore[arg-type]
         tape = stage.begin(self.now.feed[action.micro_batch], self.now.scales, x)
         self.now.tapes[action.stage, action.micro_batch] = tape
         return tape
+
+    def _receive_for(self, key: Key) -> Tensor:
+        start = self.lanes.timeline.mark()
+        tensor = self.mail.take(key)
+        self.lanes.timeline.add(WAITING, start, self.lanes.timeline.mark())
+        return tensor
 
     def _hand_on(self, action: Action, tape: Tape) -> None:
         assert self.now is not None
@@ -185,9 +198,13 @@ class Executor:
 
     def _backward_walk(self, action: Action) -> Walk:
         assert self.now is not None
-        dy = None if self.routes.source(action) is None else self.mail.take(("grad", action.stage, action.micro_batch))
+        dy = (
+            None
+            if self.routes.source(action) is None
+            else self._receive_for(("grad", action.stage, action.micro_batch))
+        )
         tape = self.now.tapes[action.stage, action.micro_batch]
-        return self.lanes.walk(self.stages[action.stage].backward(tape, dy), "B")
+        return self.lanes.walk(self.stages[action.stage].backward(tape, dy))
 
     def _finish_backward(self, action: Action) -> None:
         assert self.now is not None

@@ -31,21 +31,21 @@ ORDER: tuple[tuple[str, str], ...] = (
     (FORWARD, ATTN),
 )
 
-On = Callable[[str, str], AbstractContextManager]
-"""on(kind, side): where a piece of that kind runs; a stream, a timer, or nothing."""
+On = Callable[[str], AbstractContextManager]
+"""on(kind): around a piece of that kind: its stream and timer (`lanes`)."""
 
 
 class Walk:
     """A stage's pieces, one ahead: `kind` is that of the next piece, None at the end."""
 
-    def __init__(self, pieces: Pieces, side: str, on: On) -> None:
-        self._pieces, self._side, self._on = pieces, side, on
+    def __init__(self, pieces: Pieces, on: On) -> None:
+        self._pieces, self._on = pieces, on
         self.kind: str | None = next(pieces, None)
 
     def step(self) -> None:
         """Run the next piece."""
         assert self.kind is not None
-        with self._on(self.kind, self._side):
+        with self._on(self.kind):
             self.kind = next(self._pieces, None)
 
     def advance(self, kind: str) -> bool:

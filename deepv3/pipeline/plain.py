@@ -27,6 +27,9 @@ class PlainExecutor:
     def _nothing(self) -> StepOut:
         return StepOut.zeros(moe_layers(self.model.cfg), self.model.cfg.n_routed_experts, self.device)
 
+    def take_timeline(self) -> None:
+        """Nothing to report: no pipeline, and the exchanges of experts are part of the computation."""
+
     def run(
         self,
         batches: Iterable[Batch],

@@ -23,6 +23,7 @@ from deepv3.dist import Grid
 from deepv3.model.transformer import Transformer, moe_layers
 from deepv3.optim import ramps
 from deepv3.pipeline.figures import StepOut
+from deepv3.pipeline.timeline import Timeline
 from deepv3.train.trace import Spans
 
 
@@ -100,6 +101,7 @@ class StepRecord:
     n_moe: int
     n_votes: int
     spans: Spans
+    timeline: Timeline | None
 
     def read(self) -> tuple[StepOut, float, bool, Tensor, float, float]:
         """Wait for the figures: (global sums, grad norm, skipped, votes summed, smallest and largest router bias)."""
@@ -109,6 +111,16 @@ class StepRecord:
         norm, skipped = tail.tolist()
         low, high = biases.view(2, -1) if self.n_moe else biases.new_zeros(2, 1)
         return StepOut.unpack(sums, self.n_moe), norm, bool(skipped), votes, low.min().item(), high.max().item()
+
+    def times(self) -> dict[str, float]:
+        """Where the step's time went, as ``time_*`` fields; after `read`."""
+        spent = self.spans.fields()
+        if self.timeline is not None:
+            inside = self.timeline.fields()
+            spent["time_compute"] -= inside["time_comm_exposed"] + inside["time_bubble"]
+            inside["time_comm_exposed"] += spent.get("time_comm_exposed", 0.0)
+            spent |= inside
+        return spent
 
 
 def bias_ranges(model: Transformer, grid: Grid) -> Tensor:
@@ -151,4 +163,4 @@ def train_step(run, plan: Plan, batches: Iterable[Batch], votes: Tensor) -> Step
     host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=figures.is_cuda)
     host.copy_(figures, non_blocking=True)
     clock.stop()
-    return StepRecord(plan, clock, host, n_moe, votes.numel(), spans)
+    return StepRecord(plan, clock, host, n_moe, votes.numel(), spans, run.executor.take_timeline())
