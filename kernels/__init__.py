@@ -15,13 +15,13 @@ from deepv3.kernels.reference import adamw as _adamw
 from deepv3.kernels.reference import balance as _balance
 from deepv3.kernels.reference import e5m6 as _e5m6
 from deepv3.kernels.reference import embedding as _embedding
+from deepv3.kernels.reference import gather8 as _gather8
 from deepv3.kernels.reference import gemm as _gemm
 from deepv3.kernels.reference import gemm8 as _gemm8
 from deepv3.kernels.reference import loss as _loss
 from deepv3.kernels.reference import norm as _norm
 from deepv3.kernels.reference import norm8 as _norm8
 from deepv3.kernels.reference import quantise as _quantise
-from deepv3.kernels.reference import requantise as _requantise
 from deepv3.kernels.reference import rope as _rope
 from deepv3.kernels.reference import router as _router
 from deepv3.kernels.reference import routing as _routing
@@ -119,8 +119,8 @@ quantise_columns = _by_device(_quantise.quantise_columns)
 quantise_both = _by_device(_quantise.quantise_both)
 quantise_blocks = _by_device(_quantise.quantise_blocks)
 dequantise_rows = _by_device(_quantise.dequantise_rows)
-permute_fp8 = _by_device(_requantise.permute_fp8)
-requantise = _by_device(_requantise.requantise)
+permute_fp8 = _by_device(_gather8.permute_fp8)
+requantise = _by_device(_gather8.requantise)
 fp8_mm = _by_device(_gemm8.fp8_mm)
 fp8_wgrad_ = _by_device(_gemm8.fp8_wgrad_)
 grouped_fp8_mm = _by_device(_gemm8.grouped_fp8_mm)

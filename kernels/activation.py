@@ -15,6 +15,21 @@ ELEMENTS = 2048  # outputs of a tile: 4 warps x 32 lanes x 16
 
 
 @triton.jit
+def swiglu_output(gate, up):
+    """silu(gate) * up in FP32."""
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def swiglu_gradient(dy, gate, up, weight):
+    """(gradients of gate and up, the output before its weight) in FP32; weight broadcasts."""
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    dact = dy * weight
+    return dact * up * (sigmoid + silu * (1 - sigmoid)), dact * silu, silu * up
+
+
+@triton.jit
 def _swiglu_kernel(
     h_ptr,
     weight_ptr,
@@ -32,7 +47,7 @@ def _swiglu_kernel(
     wide_rows = rows.to(tl.int64)[:, None]
     gate = tl.load(h_ptr + wide_rows * (2 * n_cols) + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(h_ptr + wide_rows * (2 * n_cols) + n_cols + cols, mask=mask, other=0.0).to(tl.float32)
-    y = gate * tl.sigmoid(gate) * up
+    y = swiglu_output(gate, up)
     if WEIGHT:
         y *= tl.load(weight_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
     tl.store(y_ptr + wide_rows * n_cols + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -67,13 +82,9 @@ def _swiglu_backward_kernel(
         gate = tl.load(h_ptr + pair, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(h_ptr + pair + n_cols, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + wide_rows * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        act = silu * up
-        dact = dy * weight
-        dgate = dact * up * (sigmoid + silu * (1 - sigmoid))
+        dgate, dup, act = swiglu_gradient(dy, gate, up, weight)
         tl.store(dh_ptr + pair, dgate.to(dh_ptr.dtype.element_ty), mask=mask)
-        tl.store(dh_ptr + pair + n_cols, (dact * silu).to(dh_ptr.dtype.element_ty), mask=mask)
+        tl.store(dh_ptr + pair + n_cols, dup.to(dh_ptr.dtype.element_ty), mask=mask)
         if WEIGHT:
             total += dy * act
         if OUTPUT:
@@ -84,7 +95,7 @@ def _swiglu_backward_kernel(
 
 def swiglu(h: Tensor, weight: Tensor | None = None) -> Tensor:
     """See `reference.activation.swiglu`."""
-    n_rows, n_cols = _check_input(h, weight)
+    n_rows, n_cols = check_gated(h, weight)
     y = torch.empty((n_rows, n_cols), dtype=h.dtype, device=h.device)
     if y.numel():
         cols = block(n_cols, 1024)
@@ -99,7 +110,7 @@ def swiglu_backward(
     dy: Tensor, h: Tensor, weight: Tensor | None = None, want_output: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `reference.activation.swiglu_backward`."""
-    n_rows, n_cols = _check_input(h, weight)
+    n_rows, n_cols = check_gated(h, weight)
     check("dy", dy, (n_rows, n_cols), ACTIVATIONS, h.device)
     dh = torch.empty_like(h)
     dweight = None if weight is None else torch.empty_like(weight)
@@ -126,7 +137,7 @@ def swiglu_backward(
     return dh, dweight, y
 
 
-def _check_input(h: Tensor, weight: Tensor | None) -> tuple[int, int]:
+def check_gated(h: Tensor, weight: Tensor | None) -> tuple[int, int]:
     """Rows and output columns of h, after its checks and the gate's."""
     check("h", h, (None, None), ACTIVATIONS, h.device)
     if h.shape[1] % 2:

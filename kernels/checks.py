@@ -12,6 +12,7 @@ from torch import Tensor
 ACTIVATIONS = (torch.bfloat16, torch.float32)
 FP32 = (torch.float32,)
 INT32 = (torch.int32,)
+E4M3 = (torch.float8_e4m3fn,)
 
 
 def check(
@@ -21,10 +22,11 @@ def check(
     dtypes: tuple[torch.dtype, ...],
     device: torch.device,
     contiguous: bool = True,
+    unit: int = -1,
 ) -> None:
     """Raise ValueError (shape, strides, device) or TypeError (format), naming what was given and what is needed.
 
-    shape: None takes any size. contiguous=False asks for unit stride in the last dimension only.
+    shape: None takes any size. contiguous=False asks for unit stride in one dimension only, by default the last.
     """
     if tensor.dim() != len(shape) or any(want not in (None, size) for size, want in zip(tensor.shape, shape)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
@@ -37,10 +39,9 @@ def check(
     if contiguous:
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}, needed contiguous: call .contiguous() on it")
-    elif tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(
-            f"{name} has strides {tensor.stride()}, needed 1 in the last dimension: call .contiguous() on it"
-        )
+    elif tensor.numel() and tensor.shape[unit] > 1 and tensor.stride(unit) != 1:
+        where, mend = ("last", "call .contiguous() on it") if unit == -1 else ("first", "pass the scales as they came")
+        raise ValueError(f"{name} has strides {tensor.stride()}, needed 1 in the {where} dimension: {mend}")
 
 
 @functools.cache
@@ -59,3 +60,27 @@ def block(width: int, largest: int) -> int:
     if divisor >= 256:
         return min(divisor, largest)
     return min(triton.next_power_of_2(width), largest)
+
+
+def check_width(name: str, width: int) -> None:
+    """FP8 rows begin at multiples of 16 bytes, which vector loads and descriptors need."""
+    if width % 16:
+        raise ValueError(f"{name} has rows of {width}, FP8 needs a multiple of 16")
+
+
+def check_scales(name: str, scales: Tensor, shape: tuple[int, int], device: torch.device) -> None:
+    """Scales of row-quantised codes: rows contiguous, column blocks at multiples of 16 bytes."""
+    check(name, scales, shape, FP32, device, contiguous=False, unit=0)
+    if scales.numel() and scales.shape[1] > 1 and (scales.stride(1) % 4 or scales.stride(1) < shape[0]):
+        raise ValueError(
+            f"{name} has strides {scales.stride()}, needed (1, rows rounded up to 4): take them from `quantise_rows`"
+        )
+
+
+def check_rows8(name: str, codes: Tensor, scales: Tensor, device: torch.device) -> tuple[int, int]:
+    """Rows and columns of row-quantised codes [M, K], after their checks and their scales'."""
+    check(name, codes, (None, None), E4M3, device)
+    m, k = codes.shape
+    check_width(name, k)
+    check_scales(f"scales of {name}", scales, (m, -(-k // 128)), device)
+    return m, k

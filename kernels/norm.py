@@ -17,11 +17,40 @@ WIDEST = 65536
 FORWARD_ELEMENTS = 2048  # per program and tensor: 4 warps x 32 lanes x 16 elements
 
 
-def _shape(cols: int) -> tuple[int, int, int]:
+def rows_shape(cols: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program: 16 elements per lane and tensor, from 4 to 16 warps."""
     columns = triton.next_power_of_2(cols)
     rows = max(1, FORWARD_ELEMENTS // columns)
     return rows, columns, min(16, max(4, rows * columns // 512))
+
+
+@triton.jit
+def summed_and_rstd(
+    x_ptr,
+    residual_ptr,
+    summed_ptr,
+    rstd_ptr,
+    rows,
+    cols,
+    n_rows,
+    n_cols,
+    x_stride,
+    residual_stride,
+    eps,
+    RESIDUAL: tl.constexpr,
+):
+    """The first half of every RMSNorm: stores x + residual and 1 / rms, returns both, the sum as rounded, in FP32."""
+    mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    wide_rows = rows.to(tl.int64)[:, None]
+    x = tl.load(x_ptr + wide_rows * x_stride + cols[None, :], mask=mask, other=0.0)
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + wide_rows * residual_stride + cols[None, :], mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(summed_ptr.dtype.element_ty)
+        tl.store(summed_ptr + wide_rows * n_cols + cols[None, :], x, mask=mask)
+    x = x.to(tl.float32)  # of the rounded sum: backward sees the same numbers
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / n_cols + eps)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+    return x, rstd
 
 
 @triton.jit
@@ -43,21 +72,24 @@ def _rmsnorm_kernel(
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
-    mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    wide_rows = rows.to(tl.int64)[:, None]
-    out = wide_rows * n_cols + cols[None, :]
-
-    x = tl.load(x_ptr + wide_rows * x_stride + cols[None, :], mask=mask, other=0.0)
+    x, rstd = summed_and_rstd(
+        x_ptr,
+        residual_ptr,
+        summed_ptr,
+        rstd_ptr,
+        rows,
+        cols,
+        n_rows,
+        n_cols,
+        x_stride,
+        residual_stride,
+        eps,
+        RESIDUAL,
+    )
     weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        residual = tl.load(residual_ptr + wide_rows * residual_stride + cols[None, :], mask=mask, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(summed_ptr.dtype.element_ty)
-        tl.store(summed_ptr + out, x, mask=mask)
-    x = x.to(tl.float32)  # of the rounded sum: backward sees the same numbers
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / n_cols + eps)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
     y = x * rstd[:, None] * weight[None, :]
-    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
+    out = rows.to(tl.int64)[:, None] * n_cols + cols[None, :]
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :])
 
 
 @triton.jit
@@ -106,7 +138,7 @@ def _rmsnorm_backward_kernel(
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.norm.rmsnorm`. Rows of x and residual may be strided; D up to 65536."""
-    _check_rows(x, weight)
+    check_norm(x, weight)
     n_rows, n_cols = x.shape
     if residual is not None:
         check("residual", residual, (n_rows, n_cols), (x.dtype,), x.device, contiguous=False)
@@ -114,7 +146,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
     rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     summed = x if residual is None else torch.empty_like(y)
     if x.numel():
-        rows, cols, warps = _shape(n_cols)
+        rows, cols, warps = rows_shape(n_cols)
         added = x if residual is None else residual  # not read without RESIDUAL
         _rmsnorm_kernel[(triton.cdiv(n_rows, rows),)](
             x,
@@ -140,7 +172,7 @@ def rmsnorm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dresidual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `reference.norm.rmsnorm_backward`. dweight is reproducible on devices with as many multiprocessors."""
-    _check_rows(x, weight)
+    check_norm(x, weight)
     n_rows, n_cols = x.shape
     check("dy", dy, (n_rows, n_cols), ACTIVATIONS, x.device, contiguous=False)
     check("rstd", rstd, (n_rows,), FP32, x.device)
@@ -149,7 +181,7 @@ def rmsnorm_backward(
     dx = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return dx, torch.zeros(n_cols, dtype=torch.float32, device=x.device)
-    rows, cols, warps = _shape(n_cols)
+    rows, cols, warps = rows_shape(n_cols)
     # Enough programs for 48 KiB of loads under way per multiprocessor, few enough for a small buffer of shares.
     per_processor = 4 if rows * cols <= 4096 else 2
     programs = min(triton.cdiv(n_rows, rows), per_processor * multiprocessors(x.device))
@@ -176,7 +208,7 @@ def rmsnorm_backward(
     return dx, partial.sum(0)
 
 
-def _check_rows(x: Tensor, weight: Tensor) -> None:
+def check_norm(x: Tensor, weight: Tensor) -> None:
     check("x", x, (None, None), ACTIVATIONS, x.device, contiguous=False)
     check("weight", weight, (x.shape[1],), ACTIVATIONS, x.device)
     if x.shape[1] > WIDEST:

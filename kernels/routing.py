@@ -1,11 +1,11 @@
 """Tables that sort rows by expert, the copy to that order and the sum back: Triton kernels.
 
-Tables, in two launches and without atomics whose order shows (blocks of 512 (token, choice) pairs):
-1. Each block counts its pairs per expert: histograms [blocks, E].
-2. Each block adds up the histograms, of all blocks and of those before it. An expert's first row is the running total
-   of the experts before it; a pair's slot is that, plus its expert's pairs in earlier blocks, plus those before it in
-   its own block (counted by comparing all pairs of the block, 32 at a time).
-Given up: step 2 reads blocks^2 x E numbers, 16 MB from L2 at 8192 tokens, top-8 of 256; it grows with tokens squared.
+Tables, by counting, in three launches whose work grows with the pairs (blocks of 256 (token, choice) pairs):
+1. Each block counts its pairs per expert: histograms [blocks, E]. Rows of the sorted order are marked as empty.
+2. Each expert's column becomes its running total over the earlier blocks; its last value is the expert's count.
+3. An expert's first row is the sum of the (filled up) counts before it. A pair's row is that, plus its expert's pairs
+   in earlier blocks, plus those before it in its own block, found by comparing all pairs of the block.
+No atomics: tables are the same in every run, and tokens keep their order within an expert.
 """
 
 import torch
@@ -14,60 +14,78 @@ import triton.language as tl
 from torch import Tensor
 
 from deepv3.kernels.checks import ACTIVATIONS, INT32, block, check
+from deepv3.kernels.reference.routing import row_bound
 
-PAIRS = 512
+PAIRS = 256
 COMPARED = 32
-HISTOGRAM_ELEMENTS = 8192  # of the histograms, per step of the sum
+TOTALLED = 8  # experts of a program of the running totals
 COPY_ELEMENTS = 4096
 
 
 @triton.jit
-def _histogram_kernel(indices_ptr, histogram_ptr, n_pairs, n_experts, PAIRS: tl.constexpr, EXPERTS: tl.constexpr):
+def _histogram_kernel(
+    indices_ptr,
+    histogram_ptr,
+    token_of_slot_ptr,
+    n_pairs,
+    n_experts,
+    n_slots,
+    PAIRS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
     pairs = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
-    expert = tl.load(indices_ptr + pairs, mask=pairs < n_pairs, other=0)
-    counts = tl.histogram(expert, EXPERTS, mask=pairs < n_pairs)
+    expert = tl.load(indices_ptr + pairs, mask=pairs < n_pairs, other=-1)
+    counts = tl.histogram(tl.maximum(expert, 0), EXPERTS, mask=expert >= 0)
     experts = tl.arange(0, EXPERTS)
     tl.store(histogram_ptr + tl.program_id(0) * n_experts + experts, counts, mask=experts < n_experts)
+    for first in range(tl.program_id(0) * PAIRS, n_slots, tl.num_programs(0) * PAIRS):
+        slots = first + tl.arange(0, PAIRS)
+        tl.store(token_of_slot_ptr + slots, tl.full((PAIRS,), -1, tl.int32), mask=slots < n_slots)
+
+
+@triton.jit
+def _totals_kernel(histogram_ptr, counts_ptr, n_blocks, n_experts, BLOCKS: tl.constexpr, TOTALLED: tl.constexpr):
+    experts = tl.program_id(0) * TOTALLED + tl.arange(0, TOTALLED)
+    total = tl.zeros((TOTALLED,), dtype=tl.int32)
+    for first in range(0, n_blocks, BLOCKS):
+        blocks = first + tl.arange(0, BLOCKS)
+        places = histogram_ptr + blocks[:, None] * n_experts + experts[None, :]
+        real = (blocks < n_blocks)[:, None] & (experts < n_experts)[None, :]
+        part = tl.load(places, mask=real, other=0)
+        tl.store(places, total[None, :] + tl.cumsum(part, axis=0) - part, mask=real)
+        total += tl.sum(part, axis=0)
+    tl.store(counts_ptr + experts, total, mask=experts < n_experts)
 
 
 @triton.jit
 def _slots_kernel(
     indices_ptr,
-    histogram_ptr,
+    totals_ptr,
+    counts_ptr,
     slot_of_token_ptr,
     token_of_slot_ptr,
     offsets_ptr,
-    counts_ptr,
     n_pairs,
     n_experts,
-    n_blocks,
     top_k,
+    align,
     PAIRS: tl.constexpr,
     EXPERTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     COMPARED: tl.constexpr,
 ):
     this = tl.program_id(0)
     places = tl.arange(0, PAIRS)
     pairs = this * PAIRS + places
-    mask = pairs < n_pairs
-    expert = tl.load(indices_ptr + pairs, mask=mask, other=0)
+    expert = tl.load(indices_ptr + pairs, mask=pairs < n_pairs, other=-1)
 
     experts = tl.arange(0, EXPERTS)
-    before = tl.zeros((BLOCKS, EXPERTS), dtype=tl.int32)
-    total = tl.zeros((BLOCKS, EXPERTS), dtype=tl.int32)
-    for first in tl.range(0, n_blocks, BLOCKS, num_stages=4):
-        blocks = first + tl.arange(0, BLOCKS)[:, None]
-        real = (blocks < n_blocks) & (experts[None, :] < n_experts)
-        part = tl.load(histogram_ptr + blocks * n_experts + experts[None, :], mask=real, other=0)
-        total += part
-        before += tl.where(blocks < this, part, 0)
-    counts = tl.sum(total, axis=0)
-    offsets = tl.cumsum(counts, axis=0)
+    counts = tl.load(counts_ptr + experts, mask=experts < n_experts, other=0)
+    before = tl.load(totals_ptr + this * n_experts + experts, mask=experts < n_experts, other=0)
+    filled = (counts + align - 1) // align * align
+    offsets = tl.cumsum(filled, axis=0)
     if this == 0:
-        tl.store(counts_ptr + experts, counts, mask=experts < n_experts)
         tl.store(offsets_ptr + experts, offsets, mask=experts < n_experts)
-    base = offsets - counts + tl.sum(before, axis=0)
+    base = offsets - filled + before
 
     rank = tl.zeros((PAIRS,), dtype=tl.int32)
     for first in range(0, PAIRS, COMPARED):
@@ -75,9 +93,9 @@ def _slots_kernel(
         other = tl.load(indices_ptr + this * PAIRS + earlier, mask=this * PAIRS + earlier < n_pairs, other=-1)
         same = (other[:, None] == expert[None, :]) & (earlier[:, None] < places[None, :])
         rank += tl.sum(same.to(tl.int32), axis=0)  # along the axis a lane holds whole
-    slot = tl.gather(base, expert, 0) + rank
-    tl.store(slot_of_token_ptr + pairs, slot, mask=mask)
-    tl.store(token_of_slot_ptr + slot, pairs // top_k, mask=mask)
+    slot = tl.where(expert >= 0, tl.gather(base, tl.maximum(expert, 0), 0) + rank, -1)
+    tl.store(slot_of_token_ptr + pairs, slot, mask=pairs < n_pairs)
+    tl.store(token_of_slot_ptr + slot, pairs // top_k, mask=expert >= 0)
 
 
 @triton.jit
@@ -96,8 +114,9 @@ def _permute_kernel(
     cols = tl.program_id(0) % col_blocks * COLS + tl.arange(0, COLS)
     row_mask = slots < n_rows
     mask = row_mask[:, None] & (cols < n_cols)[None, :]
-    tokens = tl.load(token_of_slot_ptr + slots, mask=row_mask, other=0).to(tl.int64)
-    values = tl.load(x_ptr + tokens[:, None] * x_stride + cols[None, :], mask=mask)
+    tokens = tl.load(token_of_slot_ptr + slots, mask=row_mask, other=-1).to(tl.int64)
+    taken = (tokens >= 0)[:, None] & (cols < n_cols)[None, :]
+    values = tl.load(x_ptr + tokens[:, None] * x_stride + cols[None, :], mask=taken, other=0.0)
     tl.store(rows_ptr + slots.to(tl.int64)[:, None] * n_cols + cols[None, :], values, mask=mask)
 
 
@@ -122,40 +141,45 @@ def _unpermute_kernel(
         total += tl.load(base_ptr + token * base_stride + cols, mask=mask, other=0.0).to(tl.float32)
     for k in tl.static_range(TOP_K):
         slot = tl.load(slot_of_token_ptr + token * TOP_K + k).to(tl.int64)
-        total += tl.load(rows_ptr + slot * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(rows_ptr + slot * n_cols + cols, mask=mask & (slot >= 0), other=0.0).to(tl.float32)
     tl.store(y_ptr + token * n_cols + cols, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def routing_tables(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `reference.routing.routing_tables`. Indices outside 0 to n_experts - 1 are not noticed."""
+def routing_tables(indices: Tensor, n_experts: int, align: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.routing.routing_tables`. Indices of n_experts and more are not noticed."""
     check("indices", indices, (None, None), INT32, indices.device)
-    if n_experts < 1:
-        raise ValueError(f"n_experts is {n_experts}, needed 1 or more")
+    if n_experts < 1 or align < 1:
+        raise ValueError(f"n_experts is {n_experts}, align {align}, needed 1 or more")
     n_pairs, device = indices.numel(), indices.device
+    n_slots = row_bound(n_pairs, n_experts, align)
     slot_of_token = torch.empty_like(indices)
-    token_of_slot = torch.empty(n_pairs, dtype=torch.int32, device=device)
+    token_of_slot = torch.empty(n_slots, dtype=torch.int32, device=device)
     if n_pairs == 0:
         offsets, counts = torch.zeros((2, n_experts), dtype=torch.int32, device=device)
         return slot_of_token, token_of_slot, offsets, counts
     offsets = torch.empty(n_experts, dtype=torch.int32, device=device)
     counts = torch.empty_like(offsets)
     blocks, experts = triton.cdiv(n_pairs, PAIRS), max(2, triton.next_power_of_2(n_experts))
-    histogram = torch.empty((blocks, n_experts), dtype=torch.int32, device=device)
-    _histogram_kernel[(blocks,)](indices, histogram, n_pairs, n_experts, PAIRS=PAIRS, EXPERTS=experts)
+    totals = torch.empty((blocks, n_experts), dtype=torch.int32, device=device)
+    _histogram_kernel[(blocks,)](
+        indices, totals, token_of_slot, n_pairs, n_experts, n_slots, PAIRS=PAIRS, EXPERTS=experts
+    )
+    _totals_kernel[(triton.cdiv(n_experts, TOTALLED),)](
+        totals, counts, blocks, n_experts, BLOCKS=min(256, triton.next_power_of_2(blocks)), TOTALLED=TOTALLED
+    )
     _slots_kernel[(blocks,)](
         indices,
-        histogram,
+        totals,
+        counts,
         slot_of_token,
         token_of_slot,
         offsets,
-        counts,
         n_pairs,
         n_experts,
-        blocks,
         indices.shape[1],
+        align,
         PAIRS=PAIRS,
         EXPERTS=experts,
-        BLOCKS=max(1, HISTOGRAM_ELEMENTS // experts),
         COMPARED=COMPARED,
         num_warps=8,
     )
