@@ -174,7 +174,7 @@ def _likely_run_dir(arguments: Sequence[str]) -> Path | None:
 
 
 def say(kind: str, message: str) -> None:
-    """A line on stderr in the form of every message that ends a run: `kind: message`, with the rank where it matters."""
+    """A line on stderr, `kind: message`, as every end of a run is told; with the rank where it matters."""
     who = f"rank {rank()}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 and rank() else ""
     red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
     print(f"{red}{who}{kind}: {message}{plain}", file=sys.stderr, flush=True)

@@ -143,15 +143,17 @@ def profile(cfg, steps: int = 2, warmup: int = 4) -> str:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
+    from deepv3.train.faults import Votes
     from deepv3.train.loop import Run
     from deepv3.train.step import Plan, train_step
 
     run = Run(cfg, time.time())
+    run.build()
 
     def one() -> None:
         plan = Plan.of(cfg, run.at)
         batches = run.data.train.micro_batches(run.at.samples, plan.sequences, cfg.train.micro_batch_size)
-        train_step(run, plan, batches, False).read()
+        train_step(run, plan, batches, Votes.pack(run.grid, False, False, 0.0)).read()
         run.at = plan.after
 
     for _ in range(warmup):

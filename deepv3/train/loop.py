@@ -6,7 +6,6 @@ the device never waits for it.
 """
 
 import resource
-import signal
 import sys
 import time
 from pathlib import Path
@@ -15,40 +14,30 @@ import torch
 
 from deepv3 import arithmetic
 from deepv3.checkpoint import store
+from deepv3.checkpoint.agree import agree
+from deepv3.checkpoint.saver import Saver
 from deepv3.config.compose import to_yaml
 from deepv3.config.schema import Config
 from deepv3.config.validate import validate
 from deepv3.data.loader import build_data
 from deepv3.dist import Grid, init_distributed
-from deepv3.errors import NumericsError, Stopped
+from deepv3.errors import Stopped
 from deepv3.optim.ema import WeightAverage
 from deepv3.optim.engine import build_engine
 from deepv3.pipeline.build import Placement, build_pipeline
 from deepv3.train import memory, metrics
-from deepv3.train.faults import Votes
 from deepv3.train.events import EventLog, note_end
+from deepv3.train.faults import Votes
+from deepv3.train.guards import Guards, Verdict
 from deepv3.train.progress import LiveLine
 from deepv3.train.report import Reporter
+from deepv3.train.saves import Saves
 from deepv3.train.step import Plan, Progress, StepRecord, train_step
 from deepv3.train.trace import Pauses
 
 
-class StopSignal:
-    """SIGTERM and SIGINT as a wish that all ranks learn of in the next step's all-reduce; the handler only notes it."""
-
-    def __init__(self):
-        self.wanted = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._set)
-
-    def _set(self, number, frame) -> None:
-        if self.wanted and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.wanted = True
-
-
 class Run:
-    """One training run on this rank: its parts, and the loop over them."""
+    """One training run on this rank: its parts, and the loop over them. `build` comes before all else."""
 
     def __init__(self, cfg: Config, started: float):
         self.cfg = cfg
@@ -60,10 +49,14 @@ class Run:
         validate(cfg, self.grid.world_size)
         self.placement = Placement.of(cfg, self.grid)
         self.at = Progress()
-        self.skipped_in_row = 0
+        self.guards = Guards(cfg, self.grid)
         self.val_loss: float | None = None
         self.line = LiveLine(cfg.logging.progress and self.chief)
         self.pauses = Pauses()
+
+    def build(self) -> None:
+        """Make or find everything a step needs, in the state that train.resume names."""
+        cfg = self.cfg
         self._claim_folder()
         self.data = build_data(cfg, self.grid)
         self.model, self.executor = build_pipeline(cfg, self.grid, self.placement)
@@ -91,12 +84,14 @@ class Run:
     def _claim_folder(self) -> None:
         """Refuse a folder that belongs to another run; write config.yaml."""
         store.check_run_folder(self.dir, self.cfg)
-        if self.chief:
+
+        def write() -> None:
             self.dir.mkdir(parents=True, exist_ok=True)
             beside = self.dir / ".config.yaml"
             beside.write_text(to_yaml(self.cfg), encoding="utf-8")
             beside.replace(self.dir / "config.yaml")
-        self.grid.barrier()
+
+        agree(self.grid, f"write {self.dir}/config.yaml", lambda: write() if self.chief else None)
 
     def _resume(self) -> Path | None:
         """Load the checkpoint that train.resume names; None where the run starts fresh.
@@ -111,6 +106,7 @@ class Run:
         if path.resolve().is_relative_to(self.dir.resolve()):
             self.at = Progress(**client["progress"])
             self.data.train.load_state_dict(client["data"])
+            self.guards.spikes.load_state_dict(client.get("spikes", {}))
         return path
 
     def announce(self) -> None:
@@ -143,38 +139,59 @@ class Run:
 
     def train(self) -> None:
         """Steps until the end; Stopped if a signal asked for it (state saved), NumericsError after too many skips."""
-        stop = StopSignal()
+        cuda, every = self.device.type == "cuda", self.cfg.checkpoint.every
         pending: StepRecord | None = None
+        saver = Saver(self.dir, self.engine, self.model, self.ema, self.grid, self.cfg)
+        self.saves = Saves(saver, self.cfg, self.guards.events)
+        self.guards.begin(self.saves, self.at.step, self._client())
         if self.at.step == 0 and self.fraction() < 1:
             self._validate()
         while self.fraction() < 1:
+            self.guards.watch.step(self.at.step + 1)
             plan = Plan.of(self.cfg, self.at)
             batches = self.data.train.micro_batches(self.at.samples, plan.sequences, self.cfg.train.micro_batch_size)
-            record = train_step(self, plan, batches, Votes.pack(self.grid, stop.wanted, False, 0.0))
+            record = train_step(self, plan, batches, self.guards.votes())
             self.at = plan.after
-            last = self.fraction() >= 1
-            wanted = pending is not None and self._report(pending)
+            last, due, validate = self.fraction() >= 1, self._due(every), self._due(self.cfg.train.eval_every)
+            verdicts = [self._report(pending)] if pending is not None else []
             pending = record
-            due = self._due(self.cfg.checkpoint.every)
-            if self.device.type != "cuda" or wanted or due or last or self._due(self.cfg.train.eval_every):
-                wanted = self._report(pending) or wanted
+            if not cuda or any(any(verdict) for verdict in verdicts) or due or validate or last:
+                verdicts.append(self._report(pending))
                 pending = None
-            if self._due(self.cfg.train.eval_every) or last:
+            if any(self._rewind(verdict) for verdict in verdicts):
+                continue
+            wanted = any(verdict.stop for verdict in verdicts)
+            if validate or last:
                 with self.pauses.span("validation"):
                     self._validate()
-            if self.cfg.checkpoint.every is not None and (due or wanted or last):
+            if every is not None and (due or wanted or last):
                 with self.pauses.span("checkpoint"):
-                    self._save()
+                    self._save(wait=wanted or last)
             if wanted and not last:
                 raise Stopped(f"stopped by a signal after step {self.at.step}; state saved, start again to go on")
+
+    def _rewind(self, verdict: Verdict) -> bool:
+        """Undo the steps since the last copy of the state, where a spike asks for it; their data is passed over."""
+        if verdict.rewind is None:
+            return False
+        spiked, self.at = self.at, Progress(**self.guards.rewind(self.at.step, verdict.rewind)["progress"])
+        self.guards.tell(
+            "rewind",
+            spiked.step,
+            f"{verdict.rewind}: back to step {self.at.step}; samples {self.at.samples} to {spiked.samples - 1} are "
+            "passed over for good",
+        )
+        self.at.samples = spiked.samples
+        if self.recorder is not None:
+            self.recorder.cut(self.at.step)
+        return True
 
     def _due(self, every: int | None) -> bool:
         return every is not None and every > 0 and self.at.step % every == 0
 
-    def _report(self, record: StepRecord) -> bool:
-        """Turn a finished step into its row; True if any rank wants to stop."""
+    def _report(self, record: StepRecord) -> Verdict:
+        """Turn a finished step into its row and a verdict."""
         out, norm, skipped, votes, bias_low, bias_high = record.read()
-        self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
         plan, seconds = record.plan, record.clock.seconds()
         if self.recorder is not None and self.reporter is not None:
             row = self._row(record, out, norm, skipped, bias_low, bias_high, seconds)
@@ -183,13 +200,9 @@ class Run:
                 self.recorder.load(plan.step, out.counts)
                 self.reporter.refresh()
             self.line.update(row, self.fraction(), self.val_loss)
-        if self.skipped_in_row >= self.cfg.train.max_skipped_steps:
-            raise NumericsError(
-                f"gradient norm not finite for {self.skipped_in_row} steps in a row up to step {plan.step} "
-                f"(train.max_skipped_steps = {self.cfg.train.max_skipped_steps}); weights are those of step "
-                f"{plan.step - self.skipped_in_row}: lower optim.lr or look at the data"
-            )
-        return Votes.unpack(votes).stop
+        spent = record.times()
+        busy = spent.get("time_compute", 0.0) + spent.get("time_data", 0.0)
+        return self.guards.judge(plan.step, float(out.loss_main), norm, skipped, Votes.unpack(votes), busy)
 
     def _row(self, record, out, norm, skipped, bias_low, bias_high, seconds) -> dict:
         plan = record.plan
@@ -201,7 +214,7 @@ class Run:
         for name, causal in (("mfu", True), ("mfu_full_attention", False)):
             row[name] = self.flops[causal] * rate / self.peak_flops if self.peak_flops else 0.0
         row |= {"memory_gib": _peak_memory_gib(self.device), "step_seconds": seconds}
-        row |= record.spans.fields() | self.pauses.take()
+        row |= record.times() | self.pauses.take()
         row |= metrics.memory_parts(self.held, row["memory_gib"])
         row |= metrics.router_figures(out, plan.tokens)
         row |= {"router_bias_min": bias_low, "router_bias_max": bias_high}
@@ -226,9 +239,14 @@ class Run:
             row = {"step": self.at.step, "tokens": self.at.tokens, "val_loss": main, "val_loss_mtp": mtp}
             self.recorder.validate(row)
 
-    def _save(self) -> None:
-        client = {"progress": vars(self.at), "data": self.data.train.state_dict()}
-        store.save(self.dir, self.at.step, self.engine, self.model, self.ema, self.grid, self.cfg, client)
+    def _client(self) -> dict:
+        """The loop's own state, JSON; all ranks call it together."""
+        spikes = self.guards.spikes.state_dict()
+        return {"progress": vars(self.at) | {}, "data": self.data.train.state_dict(), "spikes": spikes}
+
+    def _save(self, wait: bool) -> None:
+        (self.saves.last if wait else self.saves.periodic)(self.at.step, self._client())
+        self.guards.watch.step(self.at.step)
 
     def close(self) -> list[Path]:
         """Stop the background work; returns the paths of the report and the pictures (rank 0)."""

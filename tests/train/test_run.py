@@ -90,9 +90,3 @@ def test_a_folder_of_another_config_is_refused(corpus, whole):
     done = start(corpus, whole, "train.steps=6", "model.moe_intermediate_size=64")
     assert done.returncode == 2
     assert "moe_intermediate_size" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_layouts_that_do_not_train_yet_are_refused(corpus, tmp_path):
-    done = start(corpus, tmp_path / "r", "train.steps=2", "parallel.pp_size=2", processes=2)
-    assert done.returncode != 0
-    assert "data parallelism only" in done.stderr
