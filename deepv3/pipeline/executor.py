@@ -122,6 +122,8 @@ class Executor:
                 left[action.stage] += action.kind in (BACKWARD, WEIGHT_GRAD)
         total = StepOut.zeros(moe_layers(self.model.cfg), self.model.cfg.n_routed_experts, self.device)
         self.routes, self.now = schedule, _Pass(_Feed(batches), scales, total, {}, left, done)
+        for stage in (stage for stage, lacks in left.items() if not lacks):
+            done(self.chunks[stage])  # no micro-batch comes here; its twin's gradients wait for ours
         for item in schedule.actions[self.rank]:
             self._step(item)
         assert not self.now.tapes, f"micro-batches without a backward: {[*self.now.tapes]}"
