@@ -14,16 +14,16 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-full test-gpu check fmt bench wheelhouse clean
+.PHONY: help setup train test test-full test-gpu test-browser check fmt bench wheelhouse clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=$(PYTHON)  the Python (3.11 to 3.13) that .venv is made with"
 	@echo "  TORCH=$(TORCH)     torch to install, 2.11 to 2.13"
 	@echo "  INDEX=URL        wheel index to take torch from; not set: pip's own, with its default build"
 	@echo "  WHEELHOUSE=DIR   install offline from this folder, on top of the machine's own torch and transformers"
-	@echo "  ARGS='key=value' added to the command of train, test, test-full, test-gpu and bench"
+	@echo "  ARGS='key=value' added to the command of train, test, test-full, test-gpu, test-browser and bench"
 
 setup: $(STAMP) ## create .venv and install everything (done by the targets that need it)
 
@@ -46,13 +46,19 @@ train: $(STAMP) ## train the tiny model here, sample from it, export it, verify 
 	$(BIN)/torchrun --standalone --nproc_per_node=1 launch/pretrain.py +config=tiny $(ARGS)
 
 test: $(STAMP) ## the test suite, on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow and not browser" $(ARGS)
 
 test-full: $(STAMP) ## the same with the full matrices, which take long
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not browser" $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-browser: $(STAMP) ## the report in headless Chromium, which this installs where it is missing
+	$(BIN)/pip install -q "playwright>=1.50"
+	@command -v chromium google-chrome chromium-browser >/dev/null || $(BIN)/playwright install --with-deps chromium || \
+		{ apt-get update && apt-get install -y --no-install-recommends chromium fonts-dejavu-core; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser $(ARGS)
 
 check: $(STAMP) ## format, lint and types; changes nothing
 	$(BIN)/ruff format --check .

@@ -8,6 +8,8 @@ import json
 import time
 from pathlib import Path
 
+from deepv3.errors import EXIT_RESTART
+
 EVENTS = "events.jsonl"
 
 # kind -> how the report names it. Another kind is written and shown all the same, under its own name.
@@ -20,6 +22,7 @@ KINDS = {
     "alarm": "alarm",
     "stop": "stop",
     "profile": "profile",
+    "fail": "failed",
     "done": "done",
 }
 
@@ -57,3 +60,16 @@ def read_events(run_dir: Path) -> list[dict]:
         if isinstance(row, dict) and {"time", "step", "kind", "text"} <= row.keys():
             rows.append(row)
     return rows
+
+
+def note_end(run_dir: Path, step: int, error: BaseException | None) -> None:
+    """Note how a run ended: done, stopped (may be restarted) or failed. A run that was done before stays as it is."""
+    earlier = read_events(run_dir)
+    if error is None and earlier and earlier[-1]["kind"] == "done":
+        return
+    if error is None:
+        EventLog(run_dir).add("done", step, "the run reached its end")
+    elif getattr(error, "exit_code", None) == EXIT_RESTART or isinstance(error, KeyboardInterrupt):
+        EventLog(run_dir).add("stop", step, str(error) or type(error).__name__)
+    else:
+        EventLog(run_dir).add("fail", step, f"{type(error).__name__}: {error}")

@@ -10,12 +10,14 @@ GIB = 2**30
 
 def held(run) -> dict[str, int]:
     """Bytes of the long-lived tensors of a run on this rank: weights, master weights, gradients, moments."""
-    fragments = run.engine.fragments()
     parameters = list(run.model.parameters())
+    weights = {p.untyped_storage().data_ptr() for p in parameters}
+    fragments = run.engine.fragments()
+    masters = [f.master for f in fragments if f.master.untyped_storage().data_ptr() not in weights]  # FP32: the same
     return {
         "weights": sum(p.numel() * p.element_size() for p in parameters),
         "gradients": sum(p.main_grad.numel() * p.main_grad.element_size() for p in parameters),
-        "master weights": sum(f.master.numel() * f.master.element_size() for f in fragments),
+        "master weights": sum(m.numel() * m.element_size() for m in masters),
         "moments": sum(t.numel() * t.element_size() for f in fragments for t in (f.exp_avg, f.exp_avg_sq)),
     }
 

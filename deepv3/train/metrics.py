@@ -1,8 +1,8 @@
 """The figures of a run: derived from a step's sums, one JSON object a step, and the same to wandb.
 
 Files in run_dir: ``metrics.jsonl`` (a row a step), ``validation.jsonl`` (a row a validation, step 0 included) and
-``expert_load.jsonl`` (tokens per layer and expert, now and then, thinned as it grows). Whole lines only; on resume each is
-cut to the checkpoint's step, so a file never holds a step twice.
+``expert_load.jsonl`` (tokens per layer and expert, now and then, thinned as it grows). Whole lines only; on resume each
+is cut to the checkpoint's step, so a file never holds a step twice.
 """
 
 from pathlib import Path
@@ -72,8 +72,7 @@ class Recorder:
         self.metrics = JsonLines(run_dir / "metrics.jsonl")
         self.validation = JsonLines(run_dir / "validation.jsonl")
         self.expert_load = JsonLines(run_dir / "expert_load.jsonl")
-        for file in (self.metrics, self.validation, self.expert_load):
-            file.cut(step)
+        self.cut(step)
         self.loads = len(self.expert_load.read())
         self.wandb = _start_wandb(cfg, run_dir)
 
@@ -102,6 +101,11 @@ class Recorder:
         if self.loads >= LOAD_RECORDS:
             self.expert_load.thin(LOAD_RECORDS // 2)
             self.loads = len(self.expert_load.read())
+
+    def cut(self, step: int) -> None:
+        """Drop the rows after `step`: the run was wound back to it."""
+        for file in (self.metrics, self.validation, self.expert_load):
+            file.cut(step)
 
     def close(self, report: Path | None = None) -> None:
         """End the wandb run; its last record is the report itself, with every figure of the run."""

@@ -1,13 +1,13 @@
 """PNG pictures of a run, drawn from its own files: loss curves and expert load per layer.
 
-Drawn with matplotlib's object interface (no global state), in a background thread so that training does not wait, and
-published by rename so that a viewer never reads half a file.
+For README files, chats and terminals that show pictures; the page with all figures is report.py's. Drawn with the
+object interface of matplotlib (no global state) and published by rename, so that a viewer never reads half a file.
 """
 
-import threading
 from pathlib import Path
 
-from deepv3.train.metrics import JsonLines
+from deepv3.train.jsonl import JsonLines
+from deepv3.train.report_series import Series
 
 LOSS_PNG = "loss.png"
 LOAD_PNG = "expert_load.png"
@@ -28,26 +28,28 @@ def _publish(figure, path: Path) -> None:
     beside.replace(path)
 
 
-def draw_losses(run_dir: Path) -> Path | None:
-    """run_dir/loss.png: training, MTP and validation loss, learning rate and MaxVio over tokens; None without rows."""
-    rows = JsonLines(run_dir / "metrics.jsonl").read()
-    if not rows:
+def draw_losses(run_dir: Path, series: Series) -> Path | None:
+    """run_dir/loss.png: training, MTP and validation loss, learning rate and MaxVio over tokens; None without rows.
+
+    series: summary of run_dir/metrics.jsonl, as far as it has been read.
+    """
+    if not series.rows:
         return None
     checks = JsonLines(run_dir / "validation.jsonl").read()
-    tokens = [row["tokens"] for row in rows]
+    tokens = series.mean("tokens")
     figure = _figure(9, 7)
     loss, rate, balance = figure.subplots(3, 1, sharex=True, height_ratios=[4, 1, 1])
-    loss.plot(tokens, [row["loss_main"] for row in rows], lw=0.8, label="train, next token")
-    if any(row["loss_mtp"] for row in rows):
-        loss.plot(tokens, [row["loss_mtp"] for row in rows], lw=0.8, label="train, MTP")
+    loss.plot(tokens, series.mean("loss_main"), lw=0.8, label="train, next token")
+    if series.total("loss_mtp"):
+        loss.plot(tokens, series.mean("loss_mtp"), lw=0.8, label="train, MTP")
     if checks:
         loss.plot([c["tokens"] for c in checks], [c["val_loss"] for c in checks], "k.-", ms=5, label="validation")
     loss.set_ylabel("loss, nats per token")
     loss.legend()
     loss.grid(alpha=0.3)
-    rate.plot(tokens, [row["lr"] for row in rows], lw=0.8)
+    rate.plot(tokens, series.mean("lr"), lw=0.8)
     rate.set_ylabel("learning rate")
-    balance.plot(tokens, [row["max_vio"] for row in rows], lw=0.8)
+    balance.plot(tokens, series.mean("max_vio"), lw=0.8)
     balance.set_ylabel("MaxVio, worst layer")
     balance.set_xlabel("tokens seen")
     path = run_dir / LOSS_PNG
@@ -56,7 +58,7 @@ def draw_losses(run_dir: Path) -> Path | None:
 
 
 def draw_load(run_dir: Path) -> Path | None:
-    """run_dir/expert_load.png: each expert's load over the mean, sorted, first and latest record; None without any."""
+    """run_dir/expert_load.png: each expert's load over the mean, first and latest record; None without any."""
     records = JsonLines(run_dir / "expert_load.jsonl").read()
     if not records or not records[-1]["counts"]:
         return None
@@ -71,27 +73,3 @@ def draw_load(run_dir: Path) -> Path | None:
     path = run_dir / LOAD_PNG
     _publish(figure, path)
     return path
-
-
-class Plotter:
-    """Redraws the pictures in the background; a request while one is being drawn is dropped."""
-
-    def __init__(self, run_dir: Path):
-        self.run_dir = run_dir
-        self._thread: threading.Thread | None = None
-
-    def _draw(self) -> None:
-        draw_losses(self.run_dir)
-        draw_load(self.run_dir)
-
-    def refresh(self) -> None:
-        """Start a redraw unless one is under way."""
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._draw, daemon=True)
-            self._thread.start()
-
-    def close(self) -> list[Path]:
-        """Wait, draw the final state, return the pictures' paths."""
-        if self._thread is not None:
-            self._thread.join()
-        return [path for path in (draw_losses(self.run_dir), draw_load(self.run_dir)) if path is not None]
