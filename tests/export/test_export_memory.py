@@ -1,0 +1,61 @@
+"""Export and import hold a few tensors in memory, never the model: measured while they run."""
+
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from small_run import BLOCKED, save_run
+
+from deepv3 import arithmetic
+from deepv3.export.hf import export
+from deepv3.export.importer import import_hf
+
+# About 14 M parameters, 55 MB in FP32, most of them in experts as in a large model; the largest tensor has 0.5 MB.
+WIDE = BLOCKED | {"n_routed_experts": 64, "num_hidden_layers": 4, "initializer_range": 0.02, "vocab_size": 1024}
+SHARD_BYTES = 1_000_000
+
+
+def private_bytes() -> int:
+    """Memory of this process that no file backs."""
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) << 10
+
+
+@contextmanager
+def peak():
+    """A list whose one entry is, afterwards, the most private memory over the beginning's."""
+    base, seen, done = private_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen[0] = max(seen[0], private_bytes() - base)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("wide") / "run", 3, False, **WIDE)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8", "float32"])
+def test_export_and_import_hold_a_fraction_of_the_model(dtype, run, tmp_path):
+    whole = 4 * arithmetic.parameters(run.cfg.model).stored
+    assert whole > 50e6
+    # Once before it counts: code and libraries come into memory.
+    import_hf(export(run.dir, tmp_path / "first", dtype), tmp_path / "warm", shard_bytes=SHARD_BYTES)
+    with peak() as exporting:
+        export(run.dir, tmp_path / "hf", dtype, shard_bytes=SHARD_BYTES)
+    with peak() as importing:
+        import_hf(tmp_path / "hf", tmp_path / "imported", shard_bytes=SHARD_BYTES)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 10
+    # Ten shards' worth; names, plans and manifests of this model's 1,000 tensors are the larger part of it.
+    assert exporting[0] < 10 * SHARD_BYTES < whole / 5, f"{exporting[0] / 1e6:.1f} MB"
+    assert importing[0] < 10 * SHARD_BYTES, f"{importing[0] / 1e6:.1f} MB"
+    print(f"{dtype}: export {exporting[0] / 1e6:.1f} MB, import {importing[0] / 1e6:.1f} MB of {whole / 1e6:.1f}")

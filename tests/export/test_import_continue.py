@@ -1,0 +1,69 @@
+"""From a run to Hugging Face's format and back into a run, by the commands a user types: training goes on."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def train(*arguments: str) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def call(script: str, *arguments: str) -> None:
+    """A launch script's main, in this process."""
+    spec = importlib.util.spec_from_file_location(f"launch_{script}", LAUNCH / f"{script}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(list(arguments))
+
+
+def rows(run_dir: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text") / "corpus"
+    folder.mkdir()
+    for number in range(40):
+        lines = [f"def function_{number}_{i}(a, b):\n    return a * {i * number} + b\n" for i in range(30)]
+        (folder / f"{number}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def test_training_goes_on_from_an_import_where_the_exported_run_stood(corpus, tmp_path, capsys):
+    cache = corpus.parent / "cache"
+    common = [
+        "+config=tiny", f"data.sources=[{{path: {corpus}}}]", f"data.cache_dir={cache}", "data.validation_fraction=0.2",
+        "data.seq_len=64", "train.micro_batch_size=2", "train.global_batch_size=4", "train.eval_every=4",
+        "train.eval_sequences=4", "train.finish=[]", "logging.wandb=disabled", "train.steps=4", "optim.lr=3e-3",
+    ]  # fmt: skip
+    shape = ["model.num_hidden_layers=3", "model.hidden_size=32", "model.vocab_size=512"]
+    pretrain = str(LAUNCH / "pretrain.py")
+    train(pretrain, *common, *shape, f"run_dir={tmp_path / 'a'}")
+    call("export_hf", f"source={tmp_path / 'a'}", f"output={tmp_path / 'hf'}", "dtype=float32")
+    call("import_hf", f"source={tmp_path / 'hf'}", f"output={tmp_path / 'imported'}")
+    out = capsys.readouterr().out
+    assert "3 layers, 1 of MTP" in out
+    told = out.splitlines()[-1].split()[1:]  # the arguments that the command prints
+    assert f"train.resume={tmp_path / 'imported'}" in told and "model.vocab_size=512" in told
+    train(*TORCHRUN, pretrain, *common, *told, f"run_dir={tmp_path / 'b'}")
+
+    before, after = rows(tmp_path / "a", "validation.jsonl"), rows(tmp_path / "b", "validation.jsonl")
+    assert [row["step"] for row in before] == [row["step"] for row in after] == [0, 4]
+    assert after[0]["val_loss"] == pytest.approx(before[-1]["val_loss"], rel=1e-5)
+    assert after[0]["val_loss_mtp"] == pytest.approx(before[-1]["val_loss_mtp"], rel=1e-5)
+    assert before[0]["val_loss"] > after[0]["val_loss"] > after[-1]["val_loss"], "it must learn, before and after"
+    assert rows(tmp_path / "b", "metrics.jsonl")[0]["tokens"] == 4 * 64, "tokens are counted from the import on"
