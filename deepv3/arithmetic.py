@@ -195,3 +195,41 @@ def flops_by_part(m: ModelConfig, seq_len: int, causal: bool = True) -> dict[str
         "head": 6.0 * count.embedding,
         "MTP": whole - without,
     }
+
+
+def buffer_bytes(
+    m: ModelConfig,
+    tokens: int,
+    ep_size: int,
+    precision: str,
+    nodes: int = 1,
+    reached: tuple[float, float] | None = None,
+) -> dict[str, float]:
+    """Bytes that one layer's dispatch of one micro-batch takes on one rank, by buffer; combine's are no larger.
+
+    tokens: of the micro-batch, T. nodes: that the ep_size ranks lie on, N. reached: nodes and ranks that a token goes
+    to on average; None is the worst case, when all tokens of all P ranks choose experts here. Copies, mean and worst:
+
+        sent      T reached nodes or, inside the node, ranks     T max(min(K, N), N min(K, P/N))
+        landed    T reached nodes; none for N = 1                T N
+        received  T reached ranks                                T P
+        rows      T K                                            T P min(K, E/P)
+
+    A copy takes its row and, but for `rows`, K gates (FP32) and choices (int32). What is received is kept for backward.
+    """
+    top_k, held = m.num_experts_per_tok, m.n_routed_experts // ep_size
+    if reached is None:
+        fanned = nodes * min(top_k, ep_size // nodes)
+        sent, landed = float(max(min(top_k, nodes), fanned)), float(nodes)
+        received, rows = float(ep_size), float(ep_size * min(top_k, held))
+    else:
+        landed, received = reached
+        sent, rows = max(reached), float(top_k)
+    wire = wire_bytes(m, precision)
+    copy = wire.dispatch + 8 * top_k
+    return {
+        "sent": tokens * sent * copy,
+        "landed": tokens * landed * copy if nodes > 1 else 0.0,
+        "received": tokens * received * copy,
+        "rows": tokens * rows * wire.dispatch,
+    }

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from deepv3.arithmetic import attention_flops, block, flops_per_token, parameters
+from deepv3.arithmetic import attention_flops, block, buffer_bytes, flops_per_token, parameters
 from deepv3.config.compose import compose, groups
 from deepv3.config.schema import ModelConfig, RopeScaling
 from deepv3.model.transformer import Transformer
@@ -110,3 +110,16 @@ def test_flops_are_six_per_matrix_element_that_a_token_meets_plus_attention():
     repeated_head = cfg.num_nextn_predict_layers * parameters(cfg).embedding
     met = matrices - parameters(cfg).embedding + repeated_head
     assert flops_per_token(cfg, 256) == 6 * met + 3 * layers * attention_flops(cfg, 256)
+
+
+def test_dispatch_buffers_of_v3_are_those_of_its_report():
+    """A micro-batch of one sequence, EP64 over 8 nodes, 4 nodes and 7.36 ranks per token; 14,336-byte copies."""
+    mean = buffer_bytes(V3, 4096, 64, "bf16", nodes=8, reached=(4.0, 7.36))
+    assert mean["landed"] == 4096 * 4 * (14336 + 64) and mean["rows"] == 4096 * 8 * 14336
+    assert mean["sent"] == mean["received"] == pytest.approx(4096 * 7.36 * (14336 + 64))
+    worst = buffer_bytes(V3, 4096, 64, "bf16", nodes=8)
+    assert worst["received"] == 64 * 4096 * (14336 + 64)
+    assert worst["rows"] == 64 * 4096 * 4 * 14336, "a rank has 4 experts"
+    assert worst["sent"] == 8 * 8 * 4096 * (14336 + 64), "a landing rank fans 8 nodes' tokens out to 8 ranks"
+    one_node = buffer_bytes(V3, 4096, 8, "bf16")
+    assert one_node["landed"] == 0.0 and one_node["sent"] == one_node["received"] == 8 * 4096 * (14336 + 64)

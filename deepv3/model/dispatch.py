@@ -78,7 +78,13 @@ class LocalDispatch:
         rows, gates = _Permute.apply(u.value, weights, routing.slot_of_token, routing.token_of_slot)
         again = None
         if not self.keep_rows:
-            again = Remade(lambda tokens: kernels.permute(tokens, routing.token_of_slot), u.source())
+
+            def sorted_again(tokens: Tensor) -> Tensor:
+                if tokens.is_cuda:  # they may have arrived on another stream, whose next tensors must not lie on them
+                    tokens.record_stream(torch.cuda.current_stream())
+                return kernels.permute(tokens, routing.token_of_slot)
+
+            again = Remade(sorted_again, u.source())
         return Dispatched(Operand(rows, again), gates, routing.offsets, routing)
 
     def combine(self, rows: Tensor, dispatched: Dispatched, base: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import ranks
 import torch
 from expert_ranks import (
     CFG,
+    DTYPES,
     SABOTAGE,
     SEQ,
     Case,
@@ -19,6 +20,7 @@ from expert_ranks import (
     worst,
 )
 
+from deepv3.arithmetic import buffer_bytes
 from deepv3.config.schema import Config
 from deepv3.dist import init_distributed
 from deepv3.errors import ConfigError
@@ -70,8 +72,9 @@ def _dispatched(case):
     """Of one dispatch of tokens that carry their global number: choices, rows, offsets, load."""
     grid, dispatcher = start(case)
     numbers = torch.arange(case.sequences * SEQ, dtype=torch.float64)[:, None].expand(-1, CFG.hidden_size)
+    numbers = numbers.to(DTYPES[case.dtype])
     model = build(case, dispatcher)
-    routing = model.routers()[0](Operand(share(case, grid.rank, tokens(case, 0))), SEQ)
+    routing = model.routers()[0](Operand(share(case, grid.rank, tokens(case, 0)).to(numbers.dtype)), SEQ)
     came = dispatcher.dispatch(Operand(share(case, grid.rank, numbers).contiguous()), routing)
     held = dispatcher.held(CFG.n_routed_experts)
     ends = came.offsets.tolist()
@@ -98,6 +101,15 @@ def test_a_token_comes_once_to_a_rank_however_many_experts_it_has_there(routing)
         assert load.received == int((reached == rank).any(1).sum())
         assert load.rows == len(found) == int((reached == rank).sum())
         assert load.crossed == 0
+
+
+def test_the_worst_case_is_as_large_as_planned():
+    case = Case(4, dtype="fp32", routing="one rank")
+    load = ranks.run(4, _dispatched, case)[0][4]
+    mean_tokens = case.sequences * SEQ // 4
+    planned = buffer_bytes(CFG, mean_tokens, 4, "fp32")
+    assert load.received * (CFG.hidden_size * 4 + 8 * CFG.num_experts_per_tok) == planned["received"]
+    assert load.rows * CFG.hidden_size * 4 == planned["rows"]
 
 
 def test_destinations_are_those_of_the_worked_example():
