@@ -1,6 +1,6 @@
 """What software reaches of the hardware: fractions and times measured once, as data with sources and ranges.
 
-A `Calibration` is a set of constants. Three are built in, each from its own source; a file of measured rows replaces
+A `Calibration` is a set of constants. Two are built in, each from its own source; a file of measured rows replaces
 those constants it has rows for (`measured.py`). Fractions are of the nominal peak of the multiprocessors in use.
 
 `report` is DeepSeek's own software on H800. Its GEMM and attention fractions are kernel durations of their published
@@ -9,7 +9,8 @@ from the trace's *forward* slots alone, so its backward slots check them. One co
 table (HW Table 4): `interference`, from the time of its overlapped pairs. All other figures of that table are
 predictions; docs/planner.md lists them.
 
-`pytorch` is fitted to one measured row (docs/planner.md), `megatron` to two published ones; the other rows check them.
+`torchtitan` changes what differs in TorchTitan 0.2.2: its attention is FlexAttention, its optimizer state FP32, and one
+constant, the seconds per layer and pass outside the modelled kernels, is fitted to its run on one H200.
 """
 
 from collections.abc import Mapping
@@ -43,9 +44,9 @@ class Calibration:
     attention's and in the experts' memory-bound kernels. hbm, nvlink, nic: fraction of the nominal bandwidth.
     interference: an overlapped pair's time over that of its slots. sync_nic, sync_nvlink: seconds that an all-to-all
     takes besides moving bytes (notification, skew). comm_sms: multiprocessors kept for communication where there is
-    expert parallelism. layer_overhead: seconds per layer and pass (forward, backward) in which the device waits for
-    the host. update_bytes: traffic of the optimizer per parameter of the shard. imbalance: the busiest rank's expert
-    rows over the mean. workspace: bytes of context, NCCL and allocator slack.
+    expert parallelism. layer_overhead: seconds per layer and pass (forward, backward) that no modelled kernel explains:
+    launches, host waits, unfused operations. update_bytes: traffic of the optimizer per parameter of the shard.
+    imbalance: the busiest rank's expert rows over the mean. workspace: bytes of context, NCCL and allocator slack.
     """
 
     name: str = "report"
@@ -86,5 +87,15 @@ class Calibration:
         return replace(self, **{"name": name or self.name, **constants})  # type: ignore[arg-type]
 
 
-BUILT_IN = {cal.name: cal for cal in (Calibration(),)}
+FITTED_H200 = "fitted: 8,192 tokens of mini in 0.396 s on one H200 (20.0-21.4 K tokens/s)"
+TORCHTITAN = Calibration().changed(
+    {
+        "attention": Value(0.295, 0.28, 0.31, f"{OWN_H100}: FlexAttention forward 292 TFLOP/s"),
+        "attention_backward": Value(0.14, 0.13, 0.15, f"{OWN_H100}: FlexAttention forward and backward 167 TFLOP/s"),
+        "update_bytes": Value(28.0, 28.0, 36.0, "FP32 gradient, weight and both moments: 16 read, 12 written"),
+        "layer_overhead": Value(8.6e-3, 9.0e-3, 8.1e-3, FITTED_H200),
+    },
+    "torchtitan",
+)
+BUILT_IN = {cal.name: cal for cal in (Calibration(), TORCHTITAN)}
 """By name."""

@@ -7,21 +7,22 @@
     activations   what layers keep (`arithmetic.activation_bytes`), for every chunk between its forward and its backward
                   or, where that is split, its weight gradient: the largest sum while walking the rank's own list
     transfers     pipeline messages sent and not yet freed, received and not yet used
-    dispatch      rows in and out of one all-to-all forward and one backward, with headroom for imbalance
+    dispatch      the buffers of one exchange forward and one backward (`arithmetic.buffer_bytes`), with headroom
     workspace     the largest temporary of a layer or of the loss, and what CUDA, NCCL and the allocator keep
 
 Everything is a sum of products of batch, sequence and widths, so nothing shrinks when a batch grows.
 """
 
-from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
-from deepv3.arithmetic import activation_bytes, wire_bytes
+from deepv3.arithmetic import activation_bytes, buffer_bytes, wire_bytes
 from deepv3.errors import ResourceError
 from deepv3.pipeline.actions import BACKWARD, FORWARD, WEIGHT_GRAD, parts
 from deepv3.planner.calibration import Calibration
 from deepv3.planner.hardware import GIB
-from deepv3.planner.layout import Layout
+from deepv3.planner.layout import Layout, schedule_of
+from deepv3.planner.network import reached
 
 HEADROOM = 1.25
 """Received rows over their mean: buffers are fixed and no token is dropped (V3 2.1.2); the balanced routing of V3
@@ -37,6 +38,32 @@ KNOBS = {
     "dispatch": "a smaller train.micro_batch_size",
     "workspace": "a smaller train.micro_batch_size or train.loss_chunk",
 }
+
+
+@lru_cache(maxsize=256)
+def fullest(schedule: str, pp_size: int, micro_batches: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Per rank, the moments that may be its fullest: chunks kept of each stage it holds, none below another in all.
+
+    A chunk is kept from its forward to its backward or, where that is split, its weight gradient.
+    """
+    lists, found = schedule_of(schedule, pp_size, micro_batches), []
+    for rank in range(pp_size):
+        place = {stage: index for index, stage in enumerate(lists.chunks(rank))}
+        live, moments = [0] * len(place), set()
+        for step in lists.compute(rank):
+            done = [action for action in parts(step) if action.kind in (BACKWARD, WEIGHT_GRAD)]
+            for action in parts(step):
+                live[place[action.stage]] += action.kind == FORWARD
+            moments.add(tuple(live))
+            for action in done:
+                live[place[action.stage]] -= 1
+        best = [one for one in moments if not any(_below(one, other) for other in moments)]
+        found.append(tuple(sorted(best)))
+    return tuple(found)
+
+
+def _below(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return one != other and all(a <= b for a, b in zip(one, other))
 
 
 @dataclass(frozen=True)
@@ -111,27 +138,11 @@ class Memory:
     def _peak(self, rank: int) -> tuple[int, float]:
         """(chunks, bytes) kept at the fullest moment; lists longer than 2 x ranks repeat it."""
         layout = self.layout
-        lists = layout.lists(min(layout.micro_batches, 2 * layout.pp + 2))
-        live: Counter[int] = Counter()
-        split = {
-            (action.stage, action.micro_batch)
-            for step in lists.compute(rank)
-            for action in parts(step)
-            if action.kind == WEIGHT_GRAD
-        }
-        held, most, worst, count = 0.0, 0, 0.0, 0
-        for step in lists.compute(rank):
-            actions = sorted(parts(step), key=lambda action: action.kind != FORWARD)  # a pair's forward counts first
-            for action in actions:
-                chunk = (action.stage, action.micro_batch)
-                if action.kind == FORWARD:
-                    live[action.stage] += 1
-                    held, count = held + self.kept[action.stage], count + 1
-                elif action.kind == WEIGHT_GRAD or (action.kind == BACKWARD and chunk not in split):
-                    held, count = held - self.kept[action.stage], count - 1
-                if held > worst:
-                    most, worst = count, held
-        return most, worst
+        lists = layout.lists(2 * layout.pp)
+        stages = lists.chunks(rank)
+        moments = fullest(layout.schedule, layout.pp, min(layout.micro_batches, 2 * layout.pp + 2))[rank]
+        sizes = ((sum(live), sum(n * self.kept[stage] for n, stage in zip(live, stages))) for live in moments)
+        return max(sizes, key=lambda size: size[1])
 
     def _transfers(self) -> float:
         """Two tensors each way and channel: one on its way while the next is made."""
@@ -141,12 +152,16 @@ class Memory:
         return 4.0 * 2 * layout.tokens * wire_bytes(layout.m, layout.precision).boundary
 
     def _dispatch(self) -> float:
+        """Buffers of one exchange forward and one backward."""
         layout, m = self.layout, self.layout.m
         if layout.ep == 1:
             return 0.0
-        wire = wire_bytes(m, layout.precision)
-        rows = layout.tokens * m.num_experts_per_tok * HEADROOM
-        return 2.0 * rows * (wire.dispatch + wire.combine)
+        nodes, groups = max(1, layout.ep // layout.cluster.node), (m.n_group, m.topk_group)
+        goes_to = tuple(
+            reached(holders, *groups, m.n_routed_experts, m.num_experts_per_tok) for holders in (nodes, layout.ep)
+        )
+        sizes = buffer_bytes(m, layout.tokens, layout.ep, layout.precision, nodes, (goes_to[0], goes_to[1]))
+        return 2.0 * HEADROOM * sum(sizes.values())
 
     def _workspace(self) -> float:
         """The larger of: attention's queries, keys, values with gradients; expert rows; a chunk of logits."""

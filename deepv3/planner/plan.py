@@ -74,7 +74,7 @@ def limits(step: Step) -> dict[str, float]:
     """Shares of the step, of the rank with most work, by what the time goes to; they sum to 1."""
     names = {
         "gemm_fp8": "FP8 matrix products", "gemm_bf16": "BF16 matrix products", "attention": "attention",
-        "memory": "memory-bound kernels", "host": "waiting for the host",
+        "memory": "memory-bound kernels", "host": "outside the modelled kernels",
     }  # fmt: skip
     found: dict[str, float] = {names[kind]: seconds for kind, seconds in step.work.items()}
     found |= {

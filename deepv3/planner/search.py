@@ -1,10 +1,11 @@
 """Layouts for a cluster: every grid, schedule, recompute, precision and micro-batch, a reason for each that is out.
 
 1. Enumerate. 2. Refuse what cannot run or does not fit, first reason only. 3. Sort the rest by a lower bound on the
-step (the busiest rank's own work); simulate in that order and stop when the bound exceeds the tenth-best time found:
-what is left cannot be among the ten, which is its reason.
+step (the busiest rank's own work) and simulate in that order, each only if neither that bound nor a tighter one (the
+lists without messages) exceeds the tenth-best time found: what is left out cannot be among the ten.
 """
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -82,32 +83,35 @@ def search(cfg: Config, cal: Calibration) -> dict[str, Any]:
     """
     base, tried = Layout.of(cfg), 0
     reasons: dict[str, list[str]] = defaultdict(list)
-    open_: list[tuple[float, int, Layout]] = []
+    possible: list[tuple[float, int, Simulator]] = []
     for layout in candidates(base):
         tried += 1
         reason = objection(layout, cal)
         if reason:
             reasons[reason].append(text(layout))
         else:
-            open_.append((Simulator(layout, cal).bound(), tried, layout))
+            simulator = Simulator(layout, cal)
+            possible.append((simulator.bound(), tried, simulator))
     ranked: list[dict[str, Any]] = []
-    for number, (bound, _, layout) in enumerate(open_ := sorted(open_, key=lambda entry: entry[:2])):
-        if len(ranked) >= KEPT and bound >= ranked[KEPT - 1]["step_seconds"]:
-            reasons["slower than the ten best whatever its bubble"] += [text(rest) for *_, rest in open_[number:]]
-            break
-        ranked.append(_row(layout, cal))
-        ranked.sort(key=lambda row: row["step_seconds"])
+    for bound, _, simulator in sorted(possible, key=lambda entry: entry[:2]):
+        worst = ranked[KEPT - 1]["step_seconds"] if len(ranked) >= KEPT else math.inf
+        if bound >= worst or simulator.tight_bound() >= worst:
+            reasons["slower than the ten best"].append(text(simulator.layout))
+            continue
+        ranked = sorted([*ranked, _row(simulator, cal)], key=lambda row: row["step_seconds"])
+    reasons["slower than the ten best"] += [row["text"] for row in ranked[KEPT:]]
+    del ranked[KEPT:]
     if not ranked:
         listed = "; ".join(f"{reason}: {len(rows)}" for reason, rows in reasons.items())
         raise ConfigError(
             f"none of {tried} layouts runs {base.m.num_hidden_layers} layers on {base.cluster.count} x "
             f"{base.cluster.device.name} ({listed}); take more or larger devices, or another train.global_batch_size"
         )
-    return {"tried": tried, "ranked": ranked, "reasons": dict(reasons)}
+    return {"tried": tried, "ranked": ranked, "reasons": {reason: rows for reason, rows in reasons.items() if rows}}
 
 
-def _row(layout: Layout, cal: Calibration) -> dict[str, Any]:
-    step = Simulator(layout, cal).step()
+def _row(simulator: Simulator, cal: Calibration) -> dict[str, Any]:
+    step, layout = simulator.step(), simulator.layout
     return {
         "text": text(layout), "step_seconds": step.seconds,
         "tokens_per_second_per_gpu": step.tokens_per_second_per_gpu, "bubble_share": step.bubble / step.seconds,
