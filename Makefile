@@ -14,10 +14,10 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-full test-gpu test-browser check fmt bench wheelhouse clean
+.PHONY: help setup train test test-full test-gpu test-versions test-browser check fmt bench wheelhouse clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=$(PYTHON)  the Python (3.11 to 3.13) that .venv is made with"
 	@echo "  TORCH=$(TORCH)     torch to install, 2.11 to 2.13"
@@ -46,17 +46,20 @@ train: $(STAMP) ## train the tiny model here, sample from it, export it, verify 
 	$(BIN)/torchrun --standalone --nproc_per_node=1 launch/pretrain.py +config=tiny $(ARGS)
 
 test: $(STAMP) ## the test suite, on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow and not browser" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow and not browser and not versions" $(ARGS)
 
 test-full: $(STAMP) ## the same with the full matrices, which take long
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not browser" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not browser and not versions" $(ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
+test-versions: $(STAMP) ## exports read by three releases of transformers, each installed into .cache/ (0.5 GB)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m versions $(ARGS)
+
 test-browser: $(STAMP) ## the report in headless Chromium, which this installs where it is missing
-	$(BIN)/pip install -q "playwright>=1.50"
-	@command -v chromium google-chrome chromium-browser >/dev/null || $(BIN)/playwright install --with-deps chromium || \
+	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e '.[browser]'
+	@{ command -v chromium || command -v google-chrome; } >/dev/null || $(BIN)/playwright install --with-deps chromium || \
 		{ apt-get update && apt-get install -y --no-install-recommends chromium fonts-dejavu-core; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser $(ARGS)
 

@@ -50,7 +50,7 @@ class Chart:
 
 
 def si(value: float | None, digits: int = 3) -> str:
-    """A number for people: 1.42e-05, 0.305, 2.9 M, 14.8 T; a dash where there is none."""
+    """A number for people: 1.42e-5, 0.305, 2.9 M, 14.8 T; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return "–"
     size = abs(value)
@@ -62,8 +62,9 @@ def si(value: float | None, digits: int = 3) -> str:
                 )
     if size >= 1000:
         return f"{value:,.0f}"
-    if 0 < size < 1e-3:
-        return f"{value:.{digits}g}"
+    if 0 < size < 1e-2:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
     return f"{value:.{digits + 1}g}"
 
 
@@ -86,7 +87,7 @@ class Frame:
         xs = np.concatenate([line.x for line in every]).astype(float)
         self.x0, self.x1 = float(xs.min()), float(xs.max())
         if self.x1 <= self.x0:
-            self.x1 = self.x0 + 1
+            self.x0, self.x1 = self.x0 - 1, self.x1 + 1
         self.log = chart.log
         values = np.concatenate([line.y for line in chart.lines] or [np.zeros(0)]).astype(float)
         top = _stacked(chart.stack)[-1] if chart.stack else np.zeros(0)
@@ -134,8 +135,9 @@ class Frame:
         return [(float(self.y(np.array(t))) / H * 100, si(t)) for t in ticks if self.y0 <= t <= self.y1]
 
     def x_ticks(self) -> list[tuple[float, str]]:
-        """(percent from the left, label)."""
-        return [(float(self.x(np.array(t))) / W * 100, si(t)) for t in nice_ticks(self.x0, self.x1, 4)]
+        """(percent from the left, label); steps and tokens are whole."""
+        ticks = [t for t in nice_ticks(self.x0, self.x1, 4) if t == int(t)]
+        return [(float(self.x(np.array(t))) / W * 100, si(t)) for t in ticks]
 
 
 def _stacked(lines: list[Line]) -> list[np.ndarray]:

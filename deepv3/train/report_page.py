@@ -30,6 +30,7 @@ TIMES = (
     ("time_data", "data wait"), ("time_optimizer", "optimizer"), ("time_checkpoint", "checkpoint"),
     ("time_validation", "validation"),
 )  # fmt: skip
+PAUSES = ("time_checkpoint", "time_validation")  # between steps, not within them
 MEMORY = (
     ("memory_weights_gib", "weights"), ("memory_gradients_gib", "gradients"), ("memory_master_gib", "master weights"),
     ("memory_moments_gib", "moments"), ("memory_activations_gib", "activations and other"),
@@ -107,10 +108,7 @@ def _charts(run: Folder) -> dict[str, list[str]]:
     if s.total("loss_mtp"):
         loss.append(_line(s, "loss_mtp", "MTP"))
     loss.append(Line("validation", checks[:, 0], checks[:, 1], dots=len(checks) <= 60))
-    stack = [Line(name, s.steps, s.share(field)) for field, name in TIMES if s.has(field)]
-    if stack:
-        known = sum(s.share(field) for field, _ in TIMES[:5] if s.has(field))
-        stack.insert(-1, Line("not told apart", s.steps, np.maximum(s.mean("step_seconds") - known, 0)))
+    stack = _time_parts(s)
     hidden = [Line("hidden communication", s.steps, s.share("time_comm_hidden"), dashed=True)]
     memory = [Line(name, s.steps, s.mean(field)) for field, name in MEMORY if s.has(field)]
     drift = [_line(s, f"router_bias_{end}", name, False) for end, name in (("max", "largest"), ("min", "smallest"))]
@@ -148,6 +146,17 @@ def _charts(run: Folder) -> dict[str, list[str]]:
         ],
         "Experts": experts if s.layers() is not None and s.layers().shape[1] else [],  # type: ignore[union-attr]
     }
+
+
+def _time_parts(series: Series) -> list[Line]:
+    """The known parts of a step, what is left of the step, and the pauses between steps, seconds a step."""
+    parts = {field: Line(name, series.steps, series.share(field)) for field, name in TIMES if series.has(field)}
+    within = [line for field, line in parts.items() if field not in PAUSES]
+    if not within:
+        return []
+    left = series.mean("step_seconds") - sum(line.y for line in within)
+    rest = Line("not told apart", series.steps, np.maximum(left, 0))
+    return [*within, rest, *(line for field, line in parts.items() if field in PAUSES)]
 
 
 def _spread(series: Series) -> bool:
