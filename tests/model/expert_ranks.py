@@ -13,7 +13,7 @@ from unittest import mock
 import small_model as small
 import torch
 
-from deepv3.config.schema import Config
+from deepv3.config.schema import Config, ModelConfig
 from deepv3.dist import Grid, init_distributed
 from deepv3.model import exchange
 from deepv3.model.dispatch import LocalDispatch
@@ -21,9 +21,20 @@ from deepv3.model.mla import Layout
 from deepv3.model.node_exchange import make_dispatch
 from deepv3.model.transformer import Transformer
 
-SEQ = 12
+SEQ = 12  # with 4 choices a multiple of the 16 experts, so that forced balance is the same for every sequence
 SEQUENCES = (1, 2, 2, 1)  # per rank
 CFG = small.config(num_nextn_predict_layers=0, num_hidden_layers=2)
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "q_lora_rank": 192,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "initializer_range": 0.06,
+}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 # Router biases that send every token to experts 0-3, all on rank 0 of 4, or keep the middle experts without tokens.
 BIASES = {"natural": {}, "one rank": dict.fromkeys(range(4), 100.0), "unused": dict.fromkeys(range(5, 11), -100.0)}
@@ -41,6 +52,12 @@ class Case:
     recompute: str = "none"
     routing: str = "natural"
     sabotage: str = ""
+    device: str = "cpu"
+
+    @property
+    def cfg(self) -> ModelConfig:
+        """On a GPU: widths its kernels take, and choices that no rounding can change."""
+        return dataclasses.replace(CFG, **WIDE, force_balance=True) if self.device == "cuda" else CFG
 
     @property
     def sequences(self) -> int:
@@ -49,16 +66,17 @@ class Case:
 
 def build(case: Case, dispatcher: LocalDispatch | None = None) -> Transformer:
     """The model; its second layer is the one under test."""
-    model = small.build(CFG, dtype=DTYPES[case.dtype], recompute=case.recompute, dispatcher=dispatcher)
+    model = small.build(case.cfg, dtype=DTYPES[case.dtype], recompute=case.recompute, dispatcher=dispatcher)
     for expert, bias in BIASES[case.routing].items():
         model.routers()[0].e_score_correction_bias[expert] = bias
-    return model
+    return model.to(case.device)
 
 
 def tokens(case: Case, seed: int) -> torch.Tensor:
     """[all ranks' tokens, D], the same in every process."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(case.sequences * SEQ, CFG.hidden_size, generator=generator, dtype=torch.float64)
+    values = torch.randn(case.sequences * SEQ, case.cfg.hidden_size, generator=generator, dtype=torch.float64)
+    return values.to(case.device)
 
 
 def share(case: Case, rank: int, values: torch.Tensor) -> torch.Tensor:
@@ -74,7 +92,8 @@ def forward_and_backward(model: Transformer, x: torch.Tensor, end: torch.Tensor)
     out, routing = block(x, layout_of(model, x))
     ((out * end).sum() + routing.balance.sum()).backward()
     gradients = {name: parameter.grad for name, parameter in block.named_parameters()}
-    return {"out": out.detach(), "counts": routing.counts, "x": x.grad, **gradients}
+    found = {"out": out.detach(), "counts": routing.counts, "x": x.grad, **gradients}
+    return {name: value.cpu() for name, value in found.items()}
 
 
 def layout_of(model: Transformer, x: torch.Tensor) -> Layout:
