@@ -16,7 +16,10 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-TARGETS = ["setup", "train", "test", "test-full", "test-gpu", "check", "fmt", "bench", "wheelhouse", "clean"]
+TARGETS = [
+    "setup", "train", "test", "test-full", "test-gpu", "test-browser", "test-versions", "check", "fmt", "bench",
+    "wheelhouse", "clean",
+]  # fmt: skip
 
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -41,10 +44,11 @@ def test_make_train_is_the_command_of_the_readme():
     assert "+config=tiny train.steps=3" in recipe("train", "ARGS=train.steps=3")
 
 
-def test_make_test_leaves_out_the_gpu_and_the_full_matrices():
-    assert '-m "not gpu and not slow"' in recipe("test")
-    assert '-m "not gpu"' in recipe("test-full")
-    assert "-m gpu" in recipe("test-gpu")
+def test_make_test_leaves_out_what_needs_a_gpu_a_browser_other_releases_or_long():
+    assert '-m "not gpu and not slow and not browser and not versions"' in recipe("test")
+    assert '-m "not gpu and not browser and not versions"' in recipe("test-full")
+    for marker in ("gpu", "browser", "versions"):
+        assert f"-m {marker}" in recipe(f"test-{marker}")
 
 
 def test_continuous_integration_runs_make_test():
