@@ -235,7 +235,10 @@ class LoggingConfig:
         1.25, "A rank's time a step, as a multiple of the median rank's, from which on it is named as slow; 0 never."
     )
     progress: bool = knob(True, "Show the live line with loss, tokens/s, expert balance and time left.")
-    plot_every: int = knob(20, "Steps between refreshes of the PNGs in run_dir.")
+    plot_every: int = knob(20, "Steps between refreshes of report.html and the PNGs in run_dir, as far as 2 % allow.")
+    profile_steps: list[int] = knob([], "[first, last] step under the profiler, into run_dir/profile/; empty is off.")
+    profile_ranks: list[int] = knob([0], "Ranks that profile_steps records, each into files of its own.")
+    profile_memory: bool = knob(False, "Record every allocation of profile_steps as well (CUDA only).")
 
 
 @dataclass

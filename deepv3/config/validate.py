@@ -23,9 +23,19 @@ def validate(cfg: Config, world_size: int, training: bool = True) -> None:
     problems = list(range_problems(cfg))
     if not problems:
         problems += [*_model(cfg.model), *_rope(cfg), *_curves(cfg), *_grid(cfg, world_size), *_train(cfg)]
-        problems += [*_data(cfg), *_resume(cfg)] if training else []
+        problems += [*_data(cfg), *_resume(cfg), *_profile(cfg)] if training else []
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _profile(cfg: Config) -> Iterator[str]:
+    steps, ranks = cfg.logging.profile_steps, cfg.logging.profile_ranks
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        yield f"logging.profile_steps = {steps} is no window; give [first,last] with 1 <= first <= last, or []"
+    if cfg.logging.profile_memory and not steps:
+        yield "logging.profile_memory = true without logging.profile_steps; say which: logging.profile_steps=[5,6]"
+    if steps and (not ranks or min(ranks) < 0):
+        yield f"logging.profile_ranks = {ranks} names no rank; give ranks from 0 on, such as [0]"
 
 
 def _indivisible(name: str, value: int, by: str, divisor: int, fix: str) -> str:
@@ -178,6 +188,8 @@ def _train(cfg: Config) -> Iterator[str]:
         yield f"train.batch_ramp.end = {ramp.end} is below its start = {ramp.start}; a batch only grows"
     if "verify" in train.finish and "export" not in train.finish[: train.finish.index("verify")]:
         yield f"train.finish = {train.finish} verifies an export that does not exist; put export before verify"
+    if train.finish and cfg.checkpoint.every is None:
+        yield f"train.finish = {train.finish} reads a checkpoint, and checkpoint.every = null saves none; set it to 0"
     if len(set(train.finish)) < len(train.finish):
         yield f"train.finish = {train.finish} names a stage twice; name each once"
 

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deepv3.train.kernel_table import kernel_table
 from deepv3.train.sweep import torchrun
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
@@ -112,32 +113,6 @@ def compare(processes: int, steps: int, rounds: int, peer: str, tokenizer: Path,
 
 # -- profile ----------------------------------------------------------------------------------------------------------
 
-GROUPS = (
-    ("attention", ("cudnn", "sdpa", "flash", "fmha", "sm90_16bit_fprop", "bprop")),
-    ("expert GEMM", ("grouped", "GroupProblemShape", "GemmGrouped")),
-    ("dense GEMM", ("nvjet", "gemm", "cutlass", "cublas", "splitK")),
-    ("optimizer", ("adamw", "sum_of_squares")),
-    ("loss", ("cross_entropy",)),
-    ("copy, fill", ("memcpy", "memset", "fill", "copy")),
-)
-
-
-def profile_table(events, steps: int) -> str:
-    """Device time by group and the 25 longest kernels, ms per step. events: profiler.key_averages()."""
-    kernels = [(e.key, e.self_device_time_total / 1e3 / steps, e.count // steps) for e in events]
-    kernels = sorted((k for k in kernels if k[1] > 0), key=lambda k: -k[1])
-    total = sum(ms for _, ms, _ in kernels)
-    groups: dict[str, float] = {}
-    for name, ms, _ in kernels:
-        low = name.lower()
-        group = next((g for g, parts in GROUPS if any(p.lower() in low for p in parts)), "other")
-        groups[group] = groups.get(group, 0.0) + ms
-    lines = [f"{'sum of kernels':24s} {total:9.2f} ms"]
-    lines += [f"  {g:22s} {ms:9.2f} ms  {ms / total:6.1%}" for g, ms in sorted(groups.items(), key=lambda x: -x[1])]
-    lines += [f"{ms:9.3f} ms  x{count:<5d} {name[:110]}" for name, ms, count in kernels[:25]]
-    return "\n".join(lines)
-
-
 def profile(cfg, steps: int = 2, warmup: int = 4) -> str:
     """Profile `steps` optimizer steps of cfg after `warmup` others on this device."""
     from torch.profiler import ProfilerActivity
@@ -164,4 +139,4 @@ def profile(cfg, steps: int = 2, warmup: int = 4) -> str:
             one()
     wall = (time.perf_counter() - began) / steps * 1e3
     run.close()
-    return f"wall {wall:.1f} ms per step while profiling\n" + profile_table(trace.key_averages(), steps)
+    return f"wall {wall:.1f} ms per step while profiling\n" + kernel_table(trace.key_averages(), steps)

@@ -29,6 +29,7 @@ from deepv3.train import memory, metrics
 from deepv3.train.events import EventLog, note_end
 from deepv3.train.faults import Votes
 from deepv3.train.guards import Guards, Verdict
+from deepv3.train.profiler import Window
 from deepv3.train.progress import LiveLine
 from deepv3.train.report import Reporter
 from deepv3.train.saves import Saves
@@ -53,6 +54,7 @@ class Run:
         self.val_loss: float | None = None
         self.line = LiveLine(cfg.logging.progress and self.chief)
         self.pauses = Pauses()
+        self.window = Window(cfg.logging, self.dir, self.grid)
 
     def build(self) -> None:
         """Make or find everything a step needs, in the state that train.resume names."""
@@ -150,7 +152,9 @@ class Run:
             self.guards.watch.step(self.at.step + 1)
             plan = Plan.of(self.cfg, self.at)
             batches = self.data.train.micro_batches(self.at.samples, plan.sequences, self.cfg.train.micro_batch_size)
+            self.window.before(plan.step)
             record = train_step(self, plan, batches, self.guards.votes())
+            self.window.after(plan.step)
             self.at = plan.after
             last, due, validate = self.fraction() >= 1, self._due(every), self._due(self.cfg.train.eval_every)
             verdicts = [self._report(pending)] if pending is not None else []
@@ -250,6 +254,7 @@ class Run:
 
     def close(self) -> list[Path]:
         """Stop the background work; returns the paths of the report and the pictures (rank 0)."""
+        self.window.close(self.at.step)
         self.data.close()
         self.line.close()
         if self.recorder is None or self.reporter is None:

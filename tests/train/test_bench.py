@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from deepv3.train import bench
+from deepv3.train.kernel_table import kernel_table
 
 
 def test_a_row_gives_median_and_spread():
@@ -20,6 +21,12 @@ def test_kernels_are_grouped_and_averaged_per_step():
         SimpleNamespace(key="nvjet_hsh_128x256", self_device_time_total=4000.0, count=4),
         SimpleNamespace(key="aten::mm", self_device_time_total=0.0, count=4),
     ]
-    table = bench.profile_table(events, steps=2)
+    table = kernel_table(events, steps=2)
     assert "sum of kernels" in table and "6.00 ms" in table
     assert "optimizer" in table and "dense GEMM" in table and "aten::mm" not in table
+
+
+def test_on_the_cpu_operators_take_the_place_of_kernels():
+    events = [SimpleNamespace(key="aten::mm", self_device_time_total=0.0, self_cpu_time_total=3000.0, count=1)]
+    assert "sum of operators" in kernel_table(events, 1, device=False)
+    assert "3.000 ms  x1     aten::mm" in kernel_table(events, 1, device=False)
