@@ -12,6 +12,7 @@ import torch
 from deepv3.config.schema import Config
 from deepv3.data.tokenizer import read_tokenizer
 from deepv3.export.hf import export
+from deepv3.export.opened import open_source
 from deepv3.export.verify import verify
 from deepv3.generate.sample import generate
 from deepv3.model.transformer import Transformer
@@ -38,6 +39,8 @@ class Ledger:
 
 def sample_text(cfg: Config, model: Transformer) -> str:
     """The prompt and its greedy continuation, as text."""
+    if not model.whole:  # this rank has a part of it; the newest checkpoint has all
+        model = open_source(cfg.run_dir).load()
     tokenizer = read_tokenizer(Path(cfg.run_dir) / "tokenizer")
     device = next(model.parameters()).device
     ids = torch.tensor([tokenizer.encode(cfg.train.prompt)], device=device)

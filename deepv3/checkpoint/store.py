@@ -69,8 +69,9 @@ def load(path: Path, engine: Engine, model: nn.Module, average: WeightAverage | 
     held = sum(grid.gather(sum(fragment.hi - fragment.lo for fragment in engine.fragments())))
     stored = sum(math.prod(shape) for shape in reader.shapes.values())
     agree(grid, f"read {path}", lambda: _fill(reader, engine, model, average))
+    here = grid.gather([name for name, _ in model.named_parameters()])
     if held != stored:
-        surplus = reader.shapes.keys() - dict(model.named_parameters())
+        surplus = reader.shapes.keys() - {name for names in here for name in names}
         raise CheckpointError(
             f"{path}: holds {stored} parameters, this model {held}; it has no {', '.join(sorted(surplus)[:5])}; "
             "set the fields of `model` to the checkpoint's"

@@ -97,6 +97,13 @@ class Transformer(nn.Module):
         """A module of this model by name; None where it is in no part of it."""
         return self._modules.get(name)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all layers and all experts are here, so that it can be called."""
+        held = [block.mlp.experts.gate_up_proj.weight.shape[0] for block in self.layers if isinstance(block.mlp, MoE)]
+        layers = len(self.layers) == self.cfg.num_hidden_layers and self.get("lm_head") is not None
+        return layers and all(count == self.cfg.n_routed_experts for count in held)
+
     def block(self, index: int) -> Block:
         """Main layer by global number; it must be here."""
         return self.layers.get_submodule(str(index))  # type: ignore[return-value]

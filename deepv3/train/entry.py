@@ -55,7 +55,7 @@ def _train(run: Run) -> list[Path]:
         if run.fraction() < 1:
             run.announce()
             run.train()
-        else:
+        elif run.chief:
             run.line.say(f"{run.dir} is finished at step {run.at.step}; nothing to train")
     except torch.OutOfMemoryError as error:
         raise memory.explain(error, run.cfg, memory.held(run)) from error
