@@ -12,9 +12,11 @@ A token's way through the package::
     export/     state -> Hugging Face
     planner/    all of it on paper: what a run needs, and where experts lie at inference
     train/      the loop, its metrics, its plots
+    generate/   a trained model continues prompts: latent cache, speculation by the prediction modules
+    eval/       perplexity, lm-evaluation-harness
 
 An import arrow points to a smaller level only: errors, config, arithmetic, kernels (0); dist (1); precision (2);
-data, model (3); pipeline (4); planner, optim (5); checkpoint (6); export, train, generate (7); launch (8).
+data, model (3); pipeline (4); planner, optim (5); checkpoint (6); export, train, generate, eval (7); launch (8).
 """
 
 __version__ = "0.1.0"

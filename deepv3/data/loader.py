@@ -196,17 +196,19 @@ def build_data(cfg: Config, grid: Grid) -> Data:
     training = [_training_feed(cfg, prepared, i, grid, say) for i in range(len(prepared.train))]
     blend = Blend([ready.source.config.weight for ready in prepared.train], cfg.seed)
     train = Loader(training, blend, prepared.shape, grid, AHEAD, eos)
-    usable = [
-        (ready, feed)
-        for ready in prepared.validation
-        for feed in [_validation_feed(cfg, prepared, ready)]
-        if not isinstance(feed, Packed) or feed.rows
-    ]
-    validation = None
-    if usable:
-        blend = Blend([ready.source.config.weight for ready, _ in usable], 0)
-        validation = Loader([feed for _, feed in usable], blend, prepared.shape, grid, 0, eos)
+    validation = validation_loader(cfg, prepared, grid)
     return Data(train, validation, prepared.tokenizer, prepared.describe())
+
+
+def validation_loader(cfg: Config, prepared: Prepared, grid: Grid) -> Loader | None:
+    """The held-out rows, the same for every seed; None where nothing is held out."""
+    feeds = [(ready, _validation_feed(cfg, prepared, ready)) for ready in prepared.validation]
+    usable = [(ready, feed) for ready, feed in feeds if not isinstance(feed, Packed) or feed.rows]
+    if not usable:
+        return None
+    blend = Blend([ready.source.config.weight for ready, _ in usable], 0)
+    eos = prepared.tokenizer.eos if cfg.data.mask_documents else None
+    return Loader([feed for _, feed in usable], blend, prepared.shape, grid, 0, eos)
 
 
 def _training_feed(cfg: Config, prepared: Prepared, i: int, grid: Grid, say: Callable[[str], None]) -> Feed:

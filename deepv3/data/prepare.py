@@ -91,6 +91,17 @@ def prepare(cfg: Config, say: Say = say_to_stderr) -> Prepared:
     return prepared
 
 
+def prepare_validation(cfg: Config, tokenizer: Tokenizer, say: Say = say_to_stderr) -> Prepared:
+    """What ``prepare`` holds out, and nothing to train on: all of validation_sources, else a share of the sources."""
+    name = "validation_sources" if cfg.data.validation_sources else "sources"
+    held_out = 1.0 if cfg.data.validation_sources else cfg.data.validation_fraction
+    shape = RowShape(cfg.data.seq_len, cfg.data.seq_len + 1 + cfg.model.num_nextn_predict_layers)
+    sources = _open(cfg, getattr(cfg.data, name), name) if held_out else []
+    prepared = Prepared(tokenizer, shape, [], [_ready(cfg, source, tokenizer, held_out, say) for source in sources])
+    _check_rows(cfg, prepared)
+    return prepared
+
+
 def _open(cfg: Config, configs: list[SourceConfig], name: str) -> list[Source]:
     cache, stop = Path(cfg.data.cache_dir), cfg.data.bad_documents == "stop"
     if name == "sources" and not configs:

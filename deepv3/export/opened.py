@@ -30,7 +30,8 @@ FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass
 class Opened:
-    """cfg: the run's config, its run_dir where the source lies; of a Hugging Face folder the architecture alone.
+    """cfg: the run's config, its run_dir where the source lies; of a Hugging Face folder the architecture alone, with
+    data.seq_len its whole reach.
 
     trained: whether the source is a checkpoint, which knows its data. load: the model in evaluation mode.
     """
@@ -94,7 +95,9 @@ def _from_folder(path: Path, device: torch.device, format: torch.dtype | None) -
         check_copies(folder.entries, read, lambda name: state[name])
         return model.eval()
 
-    return Opened(Config(model=folder.cfg), read_tokenizer(path), f"export {path}", False, load)
+    cfg = Config(model=folder.cfg)
+    cfg.data.seq_len = folder.cfg.max_position_embeddings
+    return Opened(cfg, read_tokenizer(path), f"export {path}", False, load)
 
 
 def _is_checkpoint(path: Path) -> bool:
