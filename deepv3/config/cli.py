@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from deepv3.config.advice import next_step
 from deepv3.config.compose import PRESET, compose, groups, headline, to_yaml
 from deepv3.config.schema import Config
 from deepv3.config.validate import validate
@@ -25,12 +26,13 @@ SILENCE = 3.0  # seconds that other ranks leave rank 0 to tell of a mistake all 
 
 
 def main(run: Callable[[Config], object]) -> NoReturn:
-    """Entry of a launch script that works on a whole Config: ``run`` gets the validated one; ends the process.
+    """Entry of a launch script that works on a whole Config: ``run`` gets the validated one; ends the process."""
+    leave(execute(run, sys.argv[1:]))
 
-    A rank that fails beside others ends at once: what would be tidied up (communicators, threads that wait for a dead
-    peer) may never return.
-    """
-    code = execute(run, sys.argv[1:])
+
+def leave(code: int) -> NoReturn:
+    """End the process. A rank that fails beside others ends at once: what would be tidied up (communicators, threads
+    that wait for a dead peer) may never return."""
     if code != EXIT_DONE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -90,6 +92,8 @@ def report(error: BaseException, run_dir: Path | None, identical: bool = False) 
             traceback.print_exception(error)
         else:
             say(type(error).__name__, reason)
+        if run_dir is None or _read_json(run_dir / "exit.json").get("rank") == rank():  # the cause, not what followed
+            print(f"next: {next_step(code, reason, sys.argv[0], sys.argv[1:])}", file=sys.stderr, flush=True)
     return code
 
 

@@ -60,7 +60,8 @@ def test_each_kind_of_failure_has_its_exit_code(error, code, run_dir, capfd):
     assert ended(run_dir)["code"] == code
     printed = capfd.readouterr().err
     assert ("Traceback" in printed) == (code == 1), "a traceback is for our bugs"
-    assert len(printed.splitlines()) == 1 or code == 1
+    assert len(printed.splitlines()) == 2 or code == 1
+    assert printed.splitlines()[-1].startswith("next: ")
 
 
 @pytest.mark.parametrize("mistake", ["typo=1", "model.n_routed_experts=10", "precision=fp31"])
@@ -98,10 +99,9 @@ def test_the_first_rank_to_fail_is_the_recorded_cause_and_the_same_failure_is_to
         monkeypatch.setenv("RANK", rank)
         cli.execute(raising(error), [*GOOD, f"run_dir={run_dir}"])
     assert ended(run_dir) == {"code": 2, "reason": "shard is empty", "rank": 2, "step": None}
-    assert capfd.readouterr().err.splitlines() == [
-        "rank 2: DataError: shard is empty",
-        "rank 3: PeerLost: rank 2 is gone",
-    ]
+    cause, following, consequence = capfd.readouterr().err.splitlines()
+    assert (cause, consequence) == ("rank 2: DataError: shard is empty", "rank 3: PeerLost: rank 2 is gone")
+    assert following.startswith("next: mend that, then ")
 
 
 def test_success_on_rank_0_does_not_hide_a_failure_elsewhere(run_dir, monkeypatch):
@@ -155,5 +155,7 @@ def test_a_launch_script_refuses_a_mistake_in_a_process_of_its_own(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "ConfigError: +typo=1: no such field. docs/config.md lists every field\n"
+    first, following = done.stderr.splitlines()
+    assert first == "ConfigError: +typo=1: no such field. docs/config.md lists every field"
+    assert following.startswith("next: mend that, then python /") and "launch/pretrain.py +config=tiny" in following
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
