@@ -2,7 +2,9 @@
 
 import json
 import linecache
+import os
 import re
+import socket
 import sys
 import sysconfig
 from types import FrameType
@@ -19,13 +21,16 @@ WAITS = re.compile(
 
 class Pulse(NamedTuple):
     """One rank's beat. number: beats so far; step: being computed; where: function and line of ours that its main
-    thread is in; waits: whether that line waits for others; left: why it left, empty while it is there."""
+    thread is in; waits: whether that line waits for others; left: why it left, empty while it is there; host, pid: its
+    process."""
 
     number: int
     step: int
     where: str
     waits: bool
     left: str
+    host: str
+    pid: int
 
     def to_json(self) -> str:
         """As text."""
@@ -50,20 +55,36 @@ def here(thread: int | None) -> tuple[str, bool]:
     return "nowhere", False
 
 
+def is_gone(pulse: Pulse) -> bool | None:
+    """Whether the process behind a pulse has ended; None where it runs on another node, or cannot be told."""
+    if pulse.host != socket.gethostname() or not os.path.isdir("/proc/self"):
+        return None
+    try:
+        with open(f"/proc/{pulse.pid}/stat", encoding="utf-8", errors="replace") as file:
+            state = file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return True if state in "ZX" else None if state in "Tt" else False
+
+
 def who_died(seen: dict[int, tuple[Pulse, float]], me: int, silent: float, only_silent: bool = False) -> str | None:
     """Who is dead, or left first for a reason of its own, in words; None if nobody.
 
-    seen: rank -> (pulse, seconds since it changed); silent: seconds after which a rank is dead; only_silent: pass over
-    ranks that left and said so.
+    seen: rank -> (pulse, seconds since it changed); silent: seconds after which a rank of another node is dead, where
+    only its beat tells; only_silent: pass over ranks that left and said so.
     """
     others = {rank: found for rank, found in seen.items() if rank != me}
-    dead = {rank: pulse for rank, (pulse, age) in others.items() if not pulse.left and age > silent}
-    gone = {rank: pulse for rank, (pulse, _) in others.items() if pulse.left not in ("", "done", "PeerLost")}
+    dead: dict[int, Pulse] = {}
+    for rank, (pulse, age) in others.items():
+        gone = is_gone(pulse)
+        if not pulse.left and (gone or (gone is None and age > silent)):
+            dead[rank] = pulse
+    left = {rank: pulse for rank, (pulse, _) in others.items() if pulse.left not in ("", "done", "PeerLost")}
     if dead:
         pulse = dead[min(dead)]
         return f"{_names(list(dead))} died in step {pulse.step}, last seen in {pulse.where}"
-    if gone and not only_silent:
-        return f"rank {min(gone)} left in step {gone[min(gone)].step}: {gone[min(gone)].left}"
+    if left and not only_silent:
+        return f"rank {min(left)} left in step {left[min(left)].step}: {left[min(left)].left}"
     return None
 
 

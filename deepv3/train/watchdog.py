@@ -4,20 +4,21 @@ Once a second each rank puts a beat (Pulse: a number, its step, where its main t
 store, and looks at its right-hand neighbour's and at a common verdict. Cost: three small requests a rank and second,
 whatever the number of ranks; the device is never asked. What leads to a verdict:
 
-    a neighbour's beat stands still for DEAD_AFTER seconds                      its process or node is gone
-    a signal arrived, and within LEAVE_AFTER seconds some rank has no beat      it died, so no collective save may start
-    this rank's step does not end for `hang_seconds`                            who is behind, by step and by place
+    a neighbour's process is gone, or on another node has no beat for DEAD_AFTER     it died
+    a signal arrived, and any rank is gone, or has no beat for LEAVE_AFTER           it died: no collective save may start
+    this rank's step does not end for `hang_seconds`                                 who is behind, by step and by place
 
 The verdict goes into the store; every rank dumps its stacks to run_dir/stacks/, writes exit.json and leaves with 75,
 from this thread, because the main thread may never come back. A main thread whose collective fails asks `blame`.
 
-Given up: a rank that keeps the interpreter's lock for DEAD_AFTER seconds is taken for dead.
+Given up: a rank of another node that keeps the interpreter's lock for DEAD_AFTER seconds is taken for dead.
 """
 
 import datetime
 import faulthandler
 import os
 import select
+import socket
 import sys
 import threading
 import time
@@ -45,7 +46,7 @@ class Watchdog:
     def __init__(self, grid: Grid, run_dir: Path, hang_seconds: float, stop: StopSignal):
         self.grid, self.run_dir, self.hang_seconds, self.stop = grid, Path(run_dir), hang_seconds, stop
         self._main = threading.main_thread().ident
-        self._pulse = Pulse(0, 0, "", False, "")
+        self._pulse = Pulse(0, 0, "", False, "", socket.gethostname(), os.getpid())
         self._armed = False
         self._progress = time.monotonic()
         self._done = threading.Event()
@@ -76,10 +77,10 @@ class Watchdog:
         """Why a collective failed, by the others' beats, in words. Takes as long as a dead one needs to show it."""
         deadline = time.monotonic() + LEAVE_AFTER + BEAT
         try:
-            while (words := who_died(self._survey(), self.grid.rank, LEAVE_AFTER - BEAT)) is None:
+            while (words := self._verdict() or self._dead(LEAVE_AFTER - BEAT)) is None:
                 if time.monotonic() > deadline:
                     return "a collective failed, but every rank is alive; the network between them may be broken"
-                time.sleep(BEAT / 2)
+                time.sleep(BEAT / 4)
         except (dist.DistError, RuntimeError):
             return "rank 0 or the launcher died: the rendezvous store is gone"
         return words
@@ -110,16 +111,27 @@ class Watchdog:
                 self._store.set(f"{self._prefix}/{self.grid.rank}", self._pulse.to_json())
 
     def _look(self, signalled: bool) -> str | None:
-        if self._store is not None and self._store.check([f"{self._prefix}/verdict"]):
-            return self._store.get(f"{self._prefix}/verdict").decode()
+        if (verdict := self._verdict()) is not None:
+            return verdict
         if self._armed and self.hang_seconds and time.monotonic() - self._progress > self.hang_seconds:
             return self._who_hangs()
-        if self._store is None:
-            return None
         if signalled:
-            return who_died(self._survey(), self.grid.rank, LEAVE_AFTER - BEAT)
-        neighbour = (self.grid.rank + 1) % self.grid.world_size
-        return who_died(self._survey([neighbour]), self.grid.rank, DEAD_AFTER, only_silent=True)
+            return self._dead(LEAVE_AFTER - BEAT)
+        return self._dead(DEAD_AFTER, [(self.grid.rank + 1) % self.grid.world_size])
+
+    def _verdict(self) -> str | None:
+        """What another rank has found."""
+        if self._store is None or not self._store.check([f"{self._prefix}/verdict"]):
+            return None
+        return self._store.get(f"{self._prefix}/verdict").decode()
+
+    def _dead(self, silent: float, ranks: list[int] | None = None) -> str | None:
+        """Who of the ranks (None: all) died. Asked twice: one that says that it leaves does so just before it is gone."""
+        for _ in range(2):
+            words = who_died(self._survey(ranks), self.grid.rank, silent, only_silent=ranks is not None)
+            if words is None:
+                return None
+        return words
 
     def _survey(self, ranks: list[int] | None = None) -> dict[int, tuple[Pulse, float]]:
         """rank -> (its last pulse, seconds since it changed as far as this rank has looked), of those that beat yet."""
@@ -164,6 +176,9 @@ class Watchdog:
         if record_exit(self.run_dir, EXIT_RESTART, verdict):
             say(PeerLost.__name__, f"{verdict}; stacks of all ranks are in {folder}")
             EventLog(self.run_dir).add("alarm", self._pulse.step, verdict)
+        self._pulse = self._pulse._replace(left=PeerLost.__name__)
+        with suppress(dist.DistError, RuntimeError):
+            self._beat()
         if self.grid.rank == 0 and self._store is not None:
             time.sleep(2.5 * BEAT)
         sys.stdout.flush()
