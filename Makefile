@@ -54,7 +54,7 @@ test-full: $(STAMP) ## the same with the full matrices, which take long
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-test-versions: $(STAMP) ## exports read by three releases of transformers, each installed into .cache/ (0.7 GB)
+test-versions: $(STAMP) ## exports under three releases of transformers, tasks of lm_eval, installed into .cache/ (1.2 GB)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m versions $(ARGS)
 
 test-browser: $(STAMP) ## the report in headless Chromium, which this installs where it is missing

@@ -43,6 +43,9 @@ NOTES = {
     "and readers that mask closed expert groups with 0 need it.",
     "mtp": "The multi-token-prediction modules are the layers after the last main one, in the released layout; "
     "transformers' main model ignores them and may list them as unexpected.",
+    "float8": "The matrices of attention and feed-forward are E4M3 with one FP32 scale (`weight_scale_inv`) per "
+    "128 x 128 block, quantised from the FP32 master weights; the rest is BF16. transformers reads this format on a "
+    "GPU, with the accelerate library.",
     "scales": "Constant factors of training ({scales}) are folded into the norm gains of the latents and the attention "
     "output projections.",
 }
@@ -82,6 +85,8 @@ def model_card(title: str, cfg: ModelConfig, about: dict[str, Any], figures: dic
     notes = [NOTES["bias"]]
     if cfg.num_nextn_predict_layers:
         notes.append(NOTES["mtp"])
+    if about.get("dtype") == "float8":
+        notes.append(NOTES["float8"])
     scales = [f"{name} {getattr(cfg, name)}" for name in SCALES if getattr(cfg, name) != 1.0]
     if scales:
         notes.append(NOTES["scales"].format(scales=", ".join(scales)))

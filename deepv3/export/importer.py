@@ -78,6 +78,8 @@ def import_hf(source: str | Path, output: str | Path, shard_bytes: int = SHARD_B
     tokenizer = _tokenizer(Path(source), folder.cfg)
     check_copies(folder.entries, folder.read, lambda name: _whole(folder, name))
     cfg = Config(run_dir=str(output), model=folder.cfg)
+    cfg.data.seq_len = min(cfg.data.seq_len, folder.cfg.max_position_embeddings)
+    cfg.data.tokenizer = str(output / TOKENIZER) if tokenizer is not None else None
     plan = _plan(_pieces(folder), shard_bytes)
     with staged(output, sum(file.size for file in (_File(group, folder) for group in plan)), "import") as hidden:
         step = hidden / FOLDER / manifests.folder_name(0)

@@ -5,16 +5,14 @@
    the checkpoint, its weights rounded as the export rounds them, so that only the order of summation differs.
 3. MTP, which transformers' main model does not load: our model on the export against our model on the checkpoint.
 4. ``generate``: each token that transformers picks greedily is the likeliest for us too, given the tokens before it.
-5. The tokenizer: AutoTokenizer gives the ids that training saw.
+5. Every value in the files against the checkpoint's, because a sample of tokens does not reach every expert.
+6. The tokenizer: AutoTokenizer gives the ids that training saw.
 
 Positions whose routing hangs on the last bits of a score are left out of 2 to 4, and counted (ties.py).
 """
 
-import os
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +24,9 @@ from deepv3.errors import CheckpointError, ResourceError
 from deepv3.export import files
 from deepv3.export.folder import Folder
 from deepv3.export.foreign import read_config
-from deepv3.export.hf import decode, encode, fold_factor
+from deepv3.export.hf import decode, encode, fold_factor, portable
 from deepv3.export.load import filled, load_export
+from deepv3.export.reload import TEXT, run_transformers
 from deepv3.export.source import Source
 from deepv3.export.table import Entry, share
 from deepv3.export.ties import logits_and_sure
@@ -37,25 +36,15 @@ TOLERANCE = 3e-5  # of the largest logit. FP32 noise is up to 1e-5; a mistake in
 # Host bytes a parameter at the peak (measured): 4 in FP32, and a layer's experts once more while they are stacked; for
 # FP8 also the dequantised values from which transformers loads.
 MEMORY = {"bfloat16": 4.8, "float32": 4.8, "float8": 8.6}
-SERIAL = "HF_DEACTIVATE_ASYNC_LOAD"
 SEQUENCES, PROMPT, NEW_TOKENS = 8, 16, 8
-TEXT = "def main():\n    return 'naïve', 12345  # 深度 🙂\n\n\tThe end.\r\n"
-
-
-class Theirs(NamedTuple):
-    """What transformers computes. logits: [B, S, V] of the sample; continued: [B, S + new], its greedy continuation."""
-
-    logits: Tensor
-    continued: Tensor
-    ids: list[int]
 
 
 def verify(export_dir: str | Path, source: str | Path | None = None) -> dict:
     """Check the export; raise CheckpointError where it does not compute what the checkpoint computes.
 
     source: the checkpoint or run folder it was made from; None compares with the exported values read back, which
-    leaves out 3. Returns the figures and `summary`, one line for people. Raises ResourceError where host memory does
-    not hold the model in FP32, of which there is one at a time.
+    leaves out 3 and 5. Returns the figures and `summary`, one line for people. Raises ResourceError where host memory
+    does not hold the model in FP32, of which there is one at a time.
     """
     folder = Path(export_dir)
     marker = files.read_json(folder / files.MARKER)
@@ -63,7 +52,7 @@ def verify(export_dir: str | Path, source: str | Path | None = None) -> dict:
     _require_memory(folder, cfg, marker["dtype"])
     length = min(PROMPT, cfg.max_position_embeddings - NEW_TOKENS)
     tokens = torch.randint(cfg.vocab_size, (SEQUENCES, length), generator=torch.Generator().manual_seed(0))
-    theirs = _run_transformers(folder, cfg, marker["dtype"], tokens)
+    theirs = run_transformers(folder, cfg, marker["dtype"], tokens, NEW_TOKENS)
     checkpoint = None if source is None else Source(source, marker["ema"])
     tokenizer = read_tokenizer(folder) if checkpoint is None else checkpoint.tokenizer
     _check_tokenizer(folder, theirs.ids, tokenizer.encode(TEXT))
@@ -77,6 +66,7 @@ def verify(export_dir: str | Path, source: str | Path | None = None) -> dict:
         reloaded = load_export(folder).logits(tokens, mtp=True)
         if cfg.num_nextn_predict_layers:
             out |= _compare("mtp_logits", folder, reloaded[1:], mtp[1:], sure.expand(mtp.shape[:3])[1:])
+        out["tensors"] = _check_values(Folder(folder, whole=True), checkpoint, marker["dtype"])
     return out | {"summary": _summary(folder, marker, out)}
 
 
@@ -105,83 +95,6 @@ def checkpoint_model(source: Source, marker: dict) -> Transformer:
     return filled(cfg, rounded)
 
 
-def _run_transformers(folder: Path, cfg: ModelConfig, dtype: str, tokens: Tensor) -> Theirs:
-    """Load with transformers, check the keys, run. Imported here: transformers takes seconds to import."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM
-
-    auto: Any = AutoModelForCausalLM  # its return type leaves out the loading info
-    own: Any = DeepseekV3ForCausalLM
-    how: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-    with _quiet(), _one_by_one():
-        if dtype == "float8":
-            model, info = own.from_pretrained(None, **how, **_dequantised(folder))
-        else:
-            model, info = auto.from_pretrained(folder, **how)
-    check_keys(folder, cfg, info)
-    model.generation_config.eos_token_id = None  # every row runs to its end
-    with torch.no_grad(), _quiet():
-        mask = torch.ones_like(tokens)
-        continued = model.generate(
-            tokens, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0
-        )
-        logits = model(tokens).logits
-    return Theirs(logits, continued, AutoTokenizer.from_pretrained(folder)(TEXT).input_ids)
-
-
-def _dequantised(folder: Path) -> dict[str, Any]:
-    """Arguments of from_pretrained that give it the values of an FP8 export, by their names in the files.
-
-    Its own FP8 reader needs a GPU or the accelerate library, and dequantises wrongly or not at all where a matrix ends
-    inside a block, as V3's kv_a does.
-    """
-    from transformers import AutoConfig
-
-    opened, config = Folder(folder, whole=True), AutoConfig.from_pretrained(folder)
-    del config.quantization_config
-    main = [entry for entry in opened.entries if entry.layer < opened.cfg.num_hidden_layers]
-    return {"config": config, "state_dict": {entry.name: opened.read(entry) for entry in main}}
-
-
-def check_keys(folder: Path, cfg: ModelConfig, info: dict) -> None:
-    """Raise CheckpointError unless transformers' loading info has nothing missing and only MTP layers unexpected."""
-    layers = range(cfg.num_hidden_layers, cfg.num_hidden_layers + cfg.num_nextn_predict_layers)
-    mtp = tuple(f"model.layers.{layer}." for layer in layers)
-    unexpected = [key for key in info["unexpected_keys"] if not key.startswith(mtp)]
-    for kind, keys in (("missing", info["missing_keys"]), ("mismatched", info["mismatched_keys"])):
-        if keys:
-            raise CheckpointError(f"{folder}: transformers reports {kind} tensors: {sorted(map(str, keys))[:5]}")
-    if unexpected:
-        raise CheckpointError(f"{folder}: transformers reports unexpected tensors: {sorted(unexpected)[:5]}")
-
-
-@contextmanager
-def _one_by_one():
-    """Let transformers 5 read a tensor when it needs it; else threads read ahead and a second model is in memory."""
-    before = os.environ.get(SERIAL)
-    os.environ[SERIAL] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(SERIAL)
-        if before is not None:
-            os.environ[SERIAL] = before
-
-
-@contextmanager
-def _quiet():
-    """Silence transformers' progress bars and its load report, which lists the MTP layers as unexpected."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
-
-
 def _compare(what: str, folder: Path, theirs: Tensor, ours: Tensor, sure: Tensor) -> dict[str, float]:
     """Largest difference where `sure`; raises CheckpointError beyond TOLERANCE of the largest logit."""
     if not sure.any():
@@ -199,6 +112,21 @@ def _compare(what: str, folder: Path, theirs: Tensor, ours: Tensor, sure: Tensor
         f"{what}_positions": int(sure.sum()),
         f"{what}_left_out": int((~sure).sum()),
     }
+
+
+def _check_values(folder: Folder, source: Source, dtype: str) -> int:
+    """Raise CheckpointError where a stored tensor is not what `export` makes of the checkpoint; how many there are."""
+    read: tuple[tuple[str, int | None], Tensor] | None = None
+    for entry in folder.entries:
+        if read is None or read[0] != (entry.ours, entry.expert):
+            ours = portable(entry.ours, source.read(entry.ours, entry.expert), source.cfg.model)
+            read = (entry.ours, entry.expert), ours
+        wanted = decode(entry.name, encode(entry.name, share(read[1], entry), dtype))
+        if not torch.equal(folder.read(entry), wanted):
+            raise CheckpointError(
+                f"{folder.path}: {entry.name} is not what {source.path} holds: do not use this export"
+            )
+    return len(folder.entries)
 
 
 def _check_greedy(folder: Path, continued: Tensor, logits: Tensor, sure: Tensor, length: int) -> None:
@@ -224,6 +152,8 @@ def _summary(folder: Path, marker: dict, out: dict[str, float]) -> str:
         for what in ("logits", "mtp_logits")
         if f"{what}_max_difference" in out
     ]
+    if "tensors" in out:
+        parts.append(f"{out['tensors']:,d} tensors hold the checkpoint's values")
     return (
         f"verified {folder} ({marker['dtype']}, step {marker['step']}) with transformers: nothing missing; "
         f"{'; '.join(parts)}; greedy tokens and tokenizer agree"

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_run import BLOCKED, SMALL
 
 from deepv3.config.schema import ModelConfig
-from deepv3.errors import ConfigError
+from deepv3.errors import CheckpointError, ConfigError
 from deepv3.export import fp8
 from deepv3.export.hf import encode, export, planned, units
 from deepv3.export.load import load_export
@@ -108,7 +108,59 @@ def test_fp8_export_is_quantised_from_the_master_and_says_so(make_run, tmp_path)
     assert hf["torch_dtype"] == "bfloat16" and hf["quantization_config"] == {
         "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]
     }  # fmt: skip
-    assert "| dtype | float8 |" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "| dtype | float8 |" in card and "weight_scale_inv" in card
+
+
+def times(name: str, factor: float):
+    def change(tensors) -> None:
+        tensors[name] *= factor
+
+    return change
+
+
+def codes_of(name: str, other: str):
+    """The codes of one matrix with the scales of another."""
+
+    def change(tensors) -> None:
+        tensors[name + "_scale_inv"] = tensors[other + "_scale_inv"]
+
+    return change
+
+
+EXPERTS = "model.layers.1.mlp.experts."
+MISTAKES = {
+    "a scale doubled": (times("model.layers.1.self_attn.o_proj.weight_scale_inv", 2.0), "hf: logits differ"),
+    "a scale of the MTP layer halved": (times("model.layers.3.self_attn.o_proj.weight_scale_inv", 0.5), "mtp logits"),
+    "a scale of an expert that the sample does not choose": (
+        times(EXPERTS + "2.up_proj.weight_scale_inv", 2.0),
+        "experts.2.up_proj.weight is not what",
+    ),
+    "the scales of another expert": (
+        codes_of(EXPERTS + "0.down_proj.weight", EXPERTS + "1.down_proj.weight"),
+        "differ",
+    ),
+    "a scale missing": (
+        lambda t: t.pop(EXPERTS + "3.up_proj.weight_scale_inv"),
+        "3.up_proj.weight_scale_inv is missing",
+    ),
+    "a scale too many": (
+        lambda t: t.update({"lm_head.weight_scale_inv": torch.ones(3, 1)}),
+        "lm_head.weight_scale_inv",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_verify_refuses_an_fp8_export_with(mistake, make_run, tmp_path):
+    change, message = MISTAKES[mistake]
+    run = make_run(**BLOCKED)
+    folder = export(run.dir, tmp_path / "hf", "float8")
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        verify(folder, run.dir)
 
 
 @pytest.mark.parametrize(

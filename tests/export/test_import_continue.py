@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from deepv3.export.hf import export
+from deepv3.export.verify import verify
+
 LAUNCH = Path(__file__).parents[2] / "launch"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -67,3 +70,6 @@ def test_training_goes_on_from_an_import_where_the_exported_run_stood(corpus, tm
     assert after[0]["val_loss_mtp"] == pytest.approx(before[-1]["val_loss_mtp"], rel=1e-5)
     assert before[0]["val_loss"] > after[0]["val_loss"] > after[-1]["val_loss"], "it must learn, before and after"
     assert rows(tmp_path / "b", "metrics.jsonl")[0]["tokens"] == 4 * 64, "tokens are counted from the import on"
+
+    folder = export(tmp_path / "b", tmp_path / "hf2")  # of a checkpoint that two ranks have sharded
+    assert verify(folder, tmp_path / "b")["logits_relative_difference"] <= 1e-5

@@ -41,7 +41,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 def installed(version: str) -> Path:
-    """The folder of a release: transformers with what it needs but torch, and accelerate, without which it reads no FP8."""
+    """The folder of a release: transformers, what it needs but torch, and accelerate, without which it reads no FP8."""
     folder = CACHE / version
     if not folder.is_dir():
         beside = folder.with_name(f".{version}.partial")
@@ -53,18 +53,21 @@ def installed(version: str) -> Path:
     return folder
 
 
+def python(version: str, *arguments: str) -> str:
+    """What Python prints with that release in front of the installed one."""
+    paths = [str(installed(version)), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module", params=VERSIONS)
 def outcome(request, runs, tmp_path_factory) -> dict:
     """What version_child.py prints under one release."""
-    child = Path(__file__).with_name("version_child.py")
-    paths = [str(installed(request.param)), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, str(child), str(runs), str(tmp_path_factory.mktemp("work"))],
-        capture_output=True, text=True, timeout=900,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    child = str(Path(__file__).with_name("version_child.py"))
+    found = json.loads(python(request.param, child, str(runs), str(tmp_path_factory.mktemp("work"))).splitlines()[-1])
     assert found["version"] == request.param
     print(json.dumps(found, indent=1))
     return found
@@ -86,3 +89,10 @@ def test_the_releases_own_fp8_reader_computes_our_values_or_refuses(outcome):
         assert "GPU" in outcome["fp8"]["refused"]  # 4.57 reads FP8 on a GPU only
     else:
         assert outcome["fp8"]["relative_difference"] <= 3e-5
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_generate_and_the_releases_own_mtp_modules_agree_with_ours(version):
+    tests = [str(Path(__file__).with_name("test_export_verify.py")), "-k", "own_mtp_module or generate_of_transformers"]
+    out = python(version, "-m", "pytest", "-rs", *tests)
+    assert ("has no MTP module" in out) == version.startswith("4."), out
