@@ -77,7 +77,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.rotary = RotaryTables(cfg)
-        self.first_expert = dispatcher.held(cfg.n_routed_experts).start if dispatcher else 0
+        self.dispatcher = dispatcher = dispatcher or LocalDispatch(keep_rows=recompute == "full")
+        self.first_expert = dispatcher.held(cfg.n_routed_experts).start
         whole = _Whole(range(cfg.num_hidden_layers), True, True, cfg.num_nextn_predict_layers)
         d, plain = cfg.hidden_size, Place(device, dtype)
         self.layers, self.mtp = nn.ModuleList(), nn.ModuleList()

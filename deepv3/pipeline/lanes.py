@@ -20,7 +20,7 @@ class Lanes:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._comm = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._comm = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.timeline = Timeline(device)
 
     def take_timeline(self) -> Timeline:

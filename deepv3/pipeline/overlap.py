@@ -3,9 +3,11 @@
 While tokens of one micro-batch travel, the other computes. One round, F of the forward's block and B, W of the
 backward's (W are its weight gradients), in the order in which the host issues them::
 
-    communication   DISPATCH(F)          DISPATCH(B)              COMBINE(F)           COMBINE(B)
-    computation              MLP(B)      MLP(W)   MLP(F)                     ATTN(B)   ATTN(W)  ATTN(F)
+    communication           DISPATCH(F)  DISPATCH(B)              COMBINE(F)           COMBINE(B)
+    computation     MLP(B)               MLP(W)   MLP(F)                     ATTN(B)   ATTN(W)  ATTN(F)
 
+MLP(B) is issued before DISPATCH(F), although on the device they run side by side: a portable dispatch makes the host
+wait for the counts, and the computation has something to do meanwhile.
 COMBINE(B) and ATTN(F) at a round's end belong to the next block of each. The blocks of the two need not match in number
 or kind: a step of the round that the next piece does not fit is passed over, pieces of no block ("other") run where
 they come, and what is left of the longer one runs by itself.
@@ -19,8 +21,8 @@ from deepv3.pipeline.stage import ATTN, COMBINE, DISPATCH, MLP, OTHER, Pieces
 FORWARD, BACKWARD, WEIGHTS = "F", "B", "W"
 
 ORDER: tuple[tuple[str, str], ...] = (
-    (FORWARD, DISPATCH),
     (BACKWARD, MLP),
+    (FORWARD, DISPATCH),
     (BACKWARD, DISPATCH),
     (WEIGHTS, MLP),
     (FORWARD, MLP),

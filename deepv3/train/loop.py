@@ -221,6 +221,7 @@ class Run:
         row |= record.times() | self.pauses.take()
         row |= metrics.memory_parts(self.held, row["memory_gib"])
         row |= metrics.router_figures(out, plan.tokens)
+        row |= {"dispatch_rows": record.load.rows, "dispatch_received": record.load.received}
         row |= {"router_bias_min": bias_low, "router_bias_max": bias_high}
         if plan.step == self.first_step:
             row["startup_seconds"] = time.time() - self.started

@@ -20,6 +20,7 @@ from torch import Tensor
 from deepv3.config.schema import Config
 from deepv3.data.loader import Batch
 from deepv3.dist import Grid
+from deepv3.model.dispatch import Load
 from deepv3.model.transformer import Transformer, moe_layers
 from deepv3.optim import ramps
 from deepv3.pipeline.figures import StepOut
@@ -102,6 +103,7 @@ class StepRecord:
     n_votes: int
     spans: Spans
     timeline: Timeline | None
+    load: Load
 
     def read(self) -> tuple[StepOut, float, bool, Tensor, float, float]:
         """Wait for the figures: (global sums, grad norm, skipped, votes summed, smallest and largest router bias)."""
@@ -163,4 +165,6 @@ def train_step(run, plan: Plan, batches: Iterable[Batch], votes: Tensor) -> Step
     host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=figures.is_cuda)
     host.copy_(figures, non_blocking=True)
     clock.stop()
-    return StepRecord(plan, clock, host, n_moe, votes.numel(), spans, run.executor.take_timeline())
+    return StepRecord(
+        plan, clock, host, n_moe, votes.numel(), spans, run.executor.take_timeline(), run.model.dispatcher.take_load()
+    )
