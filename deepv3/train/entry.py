@@ -40,7 +40,7 @@ def pretrain(cfg: Config, started: float, finish: Callable) -> None:
     finish(cfg, model, step, say)
     say(f"run folder   {cfg.run_dir}")
     for picture in pictures:
-        say(f"picture      {picture}")
+        say(f"{'report' if picture.suffix == '.html' else 'picture':12s} {picture}")
     if "export" in cfg.train.finish:
         say(f"export       {cfg.run_dir}/export")
 

@@ -113,6 +113,17 @@ def _charts(run: Folder) -> dict[str, list[str]]:
     memory = [Line(name, s.steps, s.mean(field)) for field, name in MEMORY if s.has(field)]
     drift = [_line(s, f"router_bias_{end}", name, False) for end, name in (("max", "largest"), ("min", "smallest"))]
     rate = "tokens_per_second"
+    speed = [chart("rate", "Throughput", "tokens / s", _line(s, rate, "all devices"), zero=True, note=band)]
+    if s.total(rate) > 1.001 * s.total(f"{rate}_per_gpu"):
+        per_device = _line(s, f"{rate}_per_gpu", "device")
+        speed.append(chart("rate_gpu", "Throughput", "tokens / s / device", per_device, zero=True))
+    if s.total("mfu"):
+        speed.append(chart("mfu", "MFU", "", *_mfu(s), zero=True))
+    if len(speed) % 2 or not stack:
+        speed.append(chart("step", "Step time", "s", _line(s, "step_seconds", "step"), zero=True))
+    if stack:
+        also = hidden if s.has("time_comm_hidden") else []
+        speed.append(chart("time", "Where a step's time goes", "s", *also, stack=stack, wide=True))
     experts = [
         chart("max_vio", "MaxVio, worst layer", "", _line(s, "max_vio", "MaxVio"), zero=True, note=band),
         chart("bias", "Router bias", "all layers", *drift, _line(s, "bias_update_speed", "gamma", False, dashed=True)),
@@ -129,16 +140,7 @@ def _charts(run: Folder) -> dict[str, list[str]]:
             chart("batch", "Batch", "sequences", _line(s, "sequences", "sequences", False), zero=True),
             chart("weights", "Weight of MTP", "lambda", _line(s, "mtp_loss_weight", "lambda", False), zero=True),
         ],
-        "Speed": [
-            chart("rate", "Throughput", "tokens / s", _line(s, rate, "all devices"), zero=True, note=band),
-            chart("rate_gpu", "Throughput", "tokens / s / device", _line(s, f"{rate}_per_gpu", "device"), zero=True)
-            if s.total(rate) > 1.001 * s.total(f"{rate}_per_gpu")
-            else "",
-            chart("mfu", "MFU", "", *_mfu(s), zero=True) if s.total("mfu") else "",
-            chart("time", "Where a step's time goes", "s", *(hidden if s.has("time_comm_hidden") else []), stack=stack)
-            if stack
-            else chart("time", "Step time", "s", _line(s, "step_seconds", "step"), zero=True),
-        ],
+        "Speed": speed,
         "Memory": [
             chart("memory", "Peak memory of rank 0", "GiB", stack=memory)
             if memory

@@ -115,6 +115,8 @@ def run_sweep(argv: Sequence[str], script: str, launcher: Callable[[int], list[s
             signal.signal(number, handler)
     console.print(table(sweep))
     console.print(f"sweep        {sweep.folder / 'sweep.json'}", highlight=False, markup=False)
+    compare = f"compare      python launch/report.py 'runs=[{sweep.folder}]'"
+    console.print(compare, highlight=False, markup=False, soft_wrap=True)
     if sweep.stopped:
         return EXIT_RESTART
     return next((job.code for job in sweep.jobs if job.code), EXIT_DONE)

@@ -77,3 +77,60 @@ def test_peak_is_the_configured_one_where_given():
     assert metrics.peak_tflops(cfg, torch.device("cpu")) == 5.0
     cfg.cluster.peak_tflops = 0.0
     assert metrics.peak_tflops(cfg, torch.device("cpu")) == 0.0
+
+
+def test_what_no_long_lived_tensor_explains_is_activations():
+    held = {"weights": 2**30, "gradients": 2**31, "master weights": 2**29, "moments": 2**29}
+    parts = metrics.memory_parts(held, peak_gib=6.0)
+    assert parts == {
+        "memory_weights_gib": 1.0,
+        "memory_gradients_gib": 2.0,
+        "memory_master_gib": 0.5,
+        "memory_moments_gib": 0.5,
+        "memory_activations_gib": 2.0,
+    }
+
+
+class FakeWandb:
+    """What is logged, by step."""
+
+    def __init__(self):
+        self.logged, self.finished = [], False
+
+    def log(self, row, step=None):
+        self.logged.append((step, row))
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.fixture
+def recorder(tmp_path):
+    cfg = Config()
+    cfg.run_dir, cfg.logging.wandb = str(tmp_path), "disabled"
+    made = metrics.Recorder(cfg, 0)
+    made.wandb = FakeWandb()
+    return made
+
+
+def test_wandb_gets_every_figure_of_a_row_with_layers_side_by_side(recorder):
+    row = {"step": 3, "loss": 2.0, "time_compute": 0.5, "max_vio_layers": [0.1, 0.2]}
+    recorder.step(row)
+    expected = {"step": 3, "loss": 2.0, "time_compute": 0.5, "max_vio_layers/00": 0.1, "max_vio_layers/01": 0.2}
+    assert recorder.wandb.logged == [(3, expected)]
+
+
+def test_wandb_gets_the_report_last(recorder, tmp_path):
+    (tmp_path / "report.html").write_text("<p>hello</p>")
+    recorder.close(tmp_path / "report.html")
+    assert list(recorder.wandb.logged[-1][1]) == ["report"] and recorder.wandb.finished
+
+
+def test_expert_loads_are_thinned_and_pictured_ever_more_rarely(recorder):
+    counts = torch.tensor([[4, 4, 8, 0], [4, 4, 4, 4]])
+    for step in range(1, 1001):
+        recorder.load(step, counts)
+    rows = recorder.expert_load.read()
+    assert len(rows) < metrics.LOAD_RECORDS and rows[0]["step"] == 1 and rows[-1]["step"] == 1000
+    pictured = [step for step, row in recorder.wandb.logged if "expert_load" in row]
+    assert pictured[:5] == [1, 2, 4, 8, 16] and 9 <= len(pictured) <= 20
