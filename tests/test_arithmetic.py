@@ -4,7 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from deepv3.arithmetic import attention_flops, block, buffer_bytes, flops_per_token, parameters
+from deepv3.arithmetic import (
+    activation_bytes,
+    attention_flops,
+    block,
+    buffer_bytes,
+    flops_by_part,
+    flops_per_token,
+    fp8_bytes,
+    kv_cache_bytes,
+    parameters,
+    wire_bytes,
+)
 from deepv3.config.compose import compose, groups
 from deepv3.config.schema import ModelConfig, RopeScaling
 from deepv3.model.transformer import Transformer
@@ -123,3 +134,28 @@ def test_dispatch_buffers_of_v3_are_those_of_its_report():
     assert worst["sent"] == 8 * 8 * 4096 * (14336 + 64), "a landing rank fans 8 nodes' tokens out to 8 ranks"
     one_node = buffer_bytes(V3, 4096, 8, "bf16")
     assert one_node["landed"] == 0.0 and one_node["sent"] == one_node["received"] == 8 * 4096 * (14336 + 64)
+
+
+def test_v3_caches_the_published_bytes_per_token():
+    assert kv_cache_bytes(V3) == 70_272
+
+
+def test_parts_of_the_flops_sum_to_the_whole():
+    for name in groups()["model"]:
+        m = compose([f"model={name}"]).model
+        for causal in (True, False):
+            assert sum(flops_by_part(m, 1024, causal).values()) == pytest.approx(flops_per_token(m, 1024, causal))
+
+
+def test_v3_sends_the_derived_bytes():
+    assert fp8_bytes(7168) == 7392 and fp8_bytes(130) == 138
+    fp8, bf16, fp32 = (wire_bytes(V3, precision) for precision in ("fp8", "bf16", "fp32"))
+    assert (fp8.dispatch, fp8.combine, bf16.dispatch, fp32.dispatch) == (7392, 14_336, 14_336, 28_672)
+
+
+def test_v3_keeps_the_derived_bytes_of_a_layer():
+    kept = activation_bytes(V3, "fp8", "selective", moe=True)
+    assert sum(kept.values()) == 156_768
+    local = activation_bytes(V3, "fp8", "selective", moe=True, sent=False)
+    assert sum(kept.values()) - sum(local.values()) == 8 * 7392
+    assert activation_bytes(V3, "bf16", "full", moe=True) == {"residual stream": 14_336}

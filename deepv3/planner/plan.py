@@ -149,7 +149,10 @@ def _network(plan: Plan) -> dict[str, Any]:
 def _run(plan: Plan) -> dict[str, Any]:
     stored = parameters(plan.layout.m).stored
     seconds, hours = plan.phases[0].seconds, sum(phase.gpu_hours for phase in plan.phases)
-    rows = [asdict(phase) | {"gpu_hours": phase.gpu_hours, "days": phase.seconds / 24 / HOUR} for phase in plan.phases]
+    rows = [
+        asdict(phase) | {"notes": list(phase.notes), "gpu_hours": phase.gpu_hours, "days": phase.seconds / 24 / HOUR}
+        for phase in plan.phases
+    ]
     tuned = POST_TRAINING_GPU_HOURS if len(plan.phases) > 1 else 0.0
     return {
         "phases": rows,

@@ -93,6 +93,8 @@ def _time(d: dict[str, Any]) -> Table:
     step, seconds = d["step"], d["step_seconds"]
     table = _table(f"where a step's {seconds:.2f} s go (rank {step['busiest_rank']})", "what", "s", "share")
     for name, share in step["shares"].items():
+        if share < 5e-4:
+            continue
         table.add_row(name, f"{share * seconds:.3f}", f"{share:.1%}")
     table.add_section()
     for name, busy in step["busy_seconds"].items():
@@ -101,7 +103,7 @@ def _time(d: dict[str, Any]) -> Table:
 
 
 def _phases(d: dict[str, Any]) -> Table:
-    run, fail = d["run"], d["run"]["failures"]
+    run = d["run"]
     table = _table("the whole run", "phase", "tokens", "steps", "days", "devices", "GPU hours", "money")
     for row in run["phases"]:
         money = row["gpu_hours"] * run["price_per_gpu_hour"]
@@ -111,24 +113,31 @@ def _phases(d: dict[str, Any]) -> Table:
         )  # fmt: skip
     if run["post_training_gpu_hours"]:
         table.add_row("post-training (as reported)", *[""] * 4, f"{run['post_training_gpu_hours'] / 1e3:,.0f} K")
-    remarks = [f"{row['name']}: {note}. " for row in run["phases"] for note in row["notes"]]
-    table.caption = "".join(remarks) + (
-        f"{fail['expected']:,.0f} failures expected, one each {fail['between_hours']:.1f} h; checkpoints of "
-        f"{fail['checkpoint_bytes'] / 1e12:.2f} TB take {fail['checkpoint_seconds']:.1f} s, best every "
-        f"{fail['interval_seconds'] / 60:.0f} min; {fail['lost_share']:.1%} of the time lost in all"
-    )
     return table
+
+
+def _remarks(d: dict[str, Any]) -> list[str]:
+    """Sentences below the tables."""
+    run, fail = d["run"], d["run"]["failures"]
+    largest = sorted(d["uncertainty"].items(), key=lambda item: -abs(item[1]))[:4]
+    causes = ", ".join(f"{name} {change:+.1%}" for name, change in largest)
+    return [
+        *(f"note: {row['name']}: {note}" for row in run["phases"] for note in row["notes"]),
+        *(f"note: {note}" for note in d["step"]["notes"]),
+        f"failures: {fail['expected']:,.0f} expected in the first phase, one each {fail['between_hours']:,.1f} h; a "
+        f"checkpoint of {fail['checkpoint_bytes'] / 1e12:.2f} TB takes {fail['checkpoint_seconds']:.1f} s, best every "
+        f"{fail['interval_seconds'] / 60:.0f} min; {fail['lost_share']:.1%} of the time lost in all",
+        f"network: {d['network']['fabric']}, ${d['network']['cost_dollars'] / 1e6:.1f} M",
+        f"calibration: {d['calibration']}; what the ranges come from most: {causes or 'nothing'}",
+    ]
 
 
 def show(d: dict[str, Any], console: Console) -> None:
     """Print all tables; what does not fit is said last."""
     for table in (_summary(d), _time(d), _memory(d), _flops(d), _phases(d)):
         console.print(table)
-    largest = sorted(d["uncertainty"].items(), key=lambda item: -abs(item[1]))[:4]
-    causes = ", ".join(f"{name} {change:+.1%}" for name, change in largest)
-    console.print(f"calibration: {d['calibration']}; what the ranges come from most: {causes or 'nothing'}")
-    for note in d["step"]["notes"]:
-        console.print(f"note: {note}")
+    for sentence in _remarks(d):
+        console.print(sentence, highlight=False)
 
 
 def show_search(found: dict[str, Any], console: Console) -> None:

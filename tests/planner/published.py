@@ -10,10 +10,11 @@ TorchTitan: 0.2.2 on our shape `mini` (5.2 B), measured on H200 with forced bala
 
 from dataclasses import dataclass, replace
 
+from plans import model, on
+
 from deepv3.planner.calibration import BUILT_IN
 from deepv3.planner.layout import Layout
 from deepv3.planner.simulate import Simulator
-from plans import model, on
 
 WITHOUT_MTP = replace(model("v3_671b"), num_nextn_predict_layers=0)
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from plans import config, v3, v3_simulator
 
 from deepv3.config.schema import BatchRamp, TrainConfig
 from deepv3.planner.calibration import Calibration
@@ -11,7 +12,6 @@ from deepv3.planner.campaign import HOUR, curve, failures, interpolate, pre_trai
 from deepv3.planner.layout import Layout
 from deepv3.planner.plan import POST_TRAINING_GPU_HOURS
 from deepv3.planner.simulate import Simulator
-from plans import config, v3, v3_simulator
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from plans import REPORT, constants, model, v3
 
 from deepv3.arithmetic import activation_bytes, parameters
 from deepv3.errors import ResourceError
 from deepv3.planner.hardware import GB, GIB
 from deepv3.planner.memory import Memory, fullest, misfit, require_fit
-from plans import REPORT, constants, model, v3
 
 STATES = ("weights", "gradients", "master", "moments")
 V3 = model("v3_671b")

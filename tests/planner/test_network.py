@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
+from plans import REPORT, constants, faster, model, on, v3
 
 from deepv3.arithmetic import fp8_bytes, wire_bytes
 from deepv3.planner.network import CROSS_LEAF, SAME_LEAF, Network, reached
-from plans import REPORT, constants, faster, model, on, v3
 
 V3 = model("v3_671b")
 

@@ -1,7 +1,6 @@
 """Rows that others published, within 15 %, none of them fitted but the one that says so."""
 
 import pytest
-
 from published import AUTOMODEL, FITTED, MEGATRON, MISSED, TORCHTITAN
 
 

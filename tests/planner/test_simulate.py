@@ -1,20 +1,15 @@
-"""A step's time: the report's figures, the bubble's formula, bounds, and what must never make a step slower."""
+"""A step's time: the report's figures, bounds, extrapolation, and what must never make a step slower."""
 
 import time
 from dataclasses import replace
 
 import pytest
+from plans import REPORT, faster, v3, v3_simulator
 
-from deepv3.pipeline.actions import Action, Pair
-from deepv3.pipeline.check import check
-from deepv3.pipeline.schedule import make_schedule
+from deepv3.pipeline.actions import Pair
 from deepv3.planner import simulate
-from deepv3.planner.costs import Costs, Stage
-from deepv3.planner.network import AllToAll, Network
 from deepv3.planner.plan import limits
 from deepv3.planner.simulate import Simulator
-from deepv3.planner.work import Layer, Seconds
-from plans import REPORT, constants, faster, v3, v3_simulator
 
 # HW Table 4, MPFT column; 1,543 tokens/s per device is V3 1's 180 K GPU hours per trillion tokens
 STEP, PAIRS, OPTIMIZER = 19.926, 13.95, 0.29
@@ -50,66 +45,6 @@ def test_parts_of_the_step_that_were_not_fitted():
 
 def test_shares_of_a_step_sum_to_one():
     assert sum(limits(v3_simulator().step()).values()) == pytest.approx(1.0, abs=1e-6)
-
-
-# -- the bubble's formula ---------------------------------------------------------------------------------------------
-
-
-def one_layer(forward, inputs, weight):
-    """A dense layer of three equal-sided pieces."""
-    half = [Seconds(any=seconds / 2) for seconds in (forward, inputs, weight)]
-    return Layer(False, *half, *half, shared=0.0)
-
-
-EQUAL = Stage((one_layer(1.0, 1.0, 0.9),))
-
-
-def equal_costs(stages: int, stretch: float = 1.0) -> Costs:
-    network = Network(v3().cluster, constants(interference=stretch))
-    costs = Costs([EQUAL] * stages, AllToAll(0.0, 0.0, 0.0, 0.0), network, 0.0, True, False)
-    costs.message = 0.0
-    return costs
-
-
-@pytest.mark.parametrize(
-    "name, ranks, count", [("1f1b", 8, 20), ("zb1p", 8, 20), ("dualpipe", 8, 20), ("dualpipev", 4, 10)]
-)
-def test_the_simulated_bubble_equals_the_formula(name, ranks, count):
-    """Equal stages, no network: F = I = 1.0, W = 0.9, and a pair takes what its halves take."""
-    schedule = make_schedule(name, ranks, count)
-    costs = equal_costs(schedule.stages)
-    f, b, w = (costs(Action(kind, 1, 0)) for kind in "FBW")
-    pair = costs(Pair(Action("F", 1, 0), Action("B", 2, 1)))
-    assert (f, b, w, pair) == pytest.approx((1.0, 1.9, 0.9, 2.9))
-    half = ranks // 2 if name == "dualpipe" else ranks
-    formula = {"1f1b": (ranks - 1) * (f + b), "zb1p": (ranks - 1) * (f + b - 2 * w)}.get(
-        name, (half - 1) * (pair + b - 3 * w)
-    )
-    assert max(check(schedule, costs).bubble) == pytest.approx(formula)
-
-
-# -- costs of actions -------------------------------------------------------------------------------------------------
-
-
-def test_a_pair_hides_communication_that_its_halves_would_show():
-    costs = v3_simulator().costs
-    pair = costs.cost(Pair(Action("F", 3, 0), Action("B", 12, 1)))
-    f, b = costs.cost(Action("F", 3, 0)), costs.cost(Action("B", 12, 1))
-    assert pair.exposed < 0.1 * (f.exposed + b.exposed)
-    assert pair.seconds < f.seconds + b.seconds
-    assert pair.stretched == pytest.approx(0.05 * (pair.seconds - pair.stretched))
-
-
-def test_a_slow_network_shows_in_a_pair():
-    slow = Simulator(v3(), constants(nic=0.1)).costs.cost(Pair(Action("F", 3, 0), Action("B", 12, 1)))
-    assert slow.exposed > 0.0
-
-
-def test_a_full_backward_is_its_two_halves_less_what_it_hides():
-    costs = v3_simulator().costs
-    b, i, w = (costs.cost(Action(kind, 4, 0)) for kind in "BIW")
-    assert b.seconds - b.exposed == pytest.approx(i.seconds - i.exposed + w.seconds)
-    assert b.exposed <= i.exposed
 
 
 # -- properties -------------------------------------------------------------------------------------------------------

@@ -4,11 +4,11 @@ not."""
 from dataclasses import replace
 
 import pytest
+from plans import REPORT, constants, faster, model
 
 from deepv3.arithmetic import attention_flops, block
 from deepv3.planner.hardware import DEVICES
 from deepv3.planner.work import Seconds, Workload, added
-from plans import REPORT, constants, faster, model
 
 V3 = model("v3_671b")
 
