@@ -4,9 +4,9 @@ Once a second each rank puts a beat (Pulse: a number, its step, where its main t
 store, and looks at its right-hand neighbour's and at a common verdict. Cost: three small requests a rank and second,
 whatever the number of ranks; the device is never asked. What leads to a verdict:
 
-    a neighbour's process is gone, or on another node has no beat for DEAD_AFTER     it died
-    a signal arrived, and any rank is gone, or has no beat for LEAVE_AFTER           it died: no collective save may start
-    this rank's step does not end for `hang_seconds`                                 who is behind, by step and by place
+    a neighbour's process is gone, or on another node has no beat for DEAD_AFTER    it died
+    a signal arrived, and any rank is gone, or has no beat for LEAVE_AFTER          it died: no save together may start
+    this rank's step does not end for `hang_seconds`                                who is behind, by step and by place
 
 The verdict goes into the store; every rank dumps its stacks to run_dir/stacks/, writes exit.json and leaves with 75,
 from this thread, because the main thread may never come back. A main thread whose collective fails asks `blame`.
@@ -126,7 +126,7 @@ class Watchdog:
         return self._store.get(f"{self._prefix}/verdict").decode()
 
     def _dead(self, silent: float, ranks: list[int] | None = None) -> str | None:
-        """Who of the ranks (None: all) died. Asked twice: one that says that it leaves does so just before it is gone."""
+        """Who of the ranks (None: all) died. Asked twice: one that leaves says so just before it is gone."""
         for _ in range(2):
             words = who_died(self._survey(ranks), self.grid.rank, silent, only_silent=ranks is not None)
             if words is None:
