@@ -84,3 +84,12 @@ def check_rows8(name: str, codes: Tensor, scales: Tensor, device: torch.device) 
     check_width(name, k)
     check_scales(f"scales of {name}", scales, (m, -(-k // 128)), device)
     return m, k
+
+
+def check_block_scales(name: str, scales: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Scales of 128x128 blocks, rows at multiples of 16 bytes."""
+    check(name, scales, shape, FP32, device, contiguous=False)
+    if scales.numel() and scales.shape[-2] > 1 and scales.stride(-2) % 4:
+        raise ValueError(
+            f"{name} has strides {scales.stride()}, needed rows at multiples of 4: take them from `quantise_blocks`"
+        )
