@@ -29,6 +29,13 @@ USAGE = """usage: python launch/eval.py source=PATH [key=value ...]
   output=FILE       write all figures as JSON, too"""
 
 
+def extend(model, prompts, new: int, temperature: float, top_p: float, eos: int) -> list[list[int]]:
+    """See deepv3.eval.score.Extend."""
+    from deepv3.generate.decode import Sampling, decode
+
+    return decode(model, prompts, Sampling(new, temperature, top_p, eos=eos)).ids
+
+
 def main(argv: list[str]) -> None:
     """Open, refuse what cannot work, read the weights, evaluate, print."""
     from deepv3.eval.request import Request, evaluate
@@ -57,7 +64,7 @@ def main(argv: list[str]) -> None:
         )
     cfg = build(Config, asdict(opened.cfg), *(layer(override) for override in parse_overrides(data)))
     print(opened.label, file=sys.stderr)
-    figures = evaluate(args, cfg, opened.tokenizer, opened.load, held, print)
+    figures = evaluate(args, cfg, opened.tokenizer, opened.load, held, extend, print)
     if args.output:
         Path(args.output).write_text(json.dumps({"source": opened.label} | figures, indent=1, default=str) + "\n")
 

@@ -16,7 +16,7 @@ from lm_eval.utils import make_table
 
 from deepv3.data.tokenizer import Tokenizer
 from deepv3.errors import ConfigError
-from deepv3.eval.score import Row, fitted, score, windows
+from deepv3.eval.score import Extend, Row, fitted, score, windows
 from deepv3.model.transformer import Transformer
 
 ROWS = 16  # prompts continued at once
@@ -24,11 +24,11 @@ NEW_TOKENS = 256  # where a task sets no max_gen_toks, as in the harness's own m
 
 
 class Adapter(TemplateLM):
-    """The model as the harness asks it. length: longest input, tokens."""
+    """The model as the harness asks it. length: longest input, tokens; extend: see score.Extend."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, length: int) -> None:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, length: int, extend: Extend) -> None:
         super().__init__()
-        self.model, self.text, self.length = model, tokenizer, length
+        self.model, self.text, self.length, self.extend = model, tokenizer, length, extend
 
     @property
     def eot_token_id(self) -> int:
@@ -61,8 +61,6 @@ class Adapter(TemplateLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """Continuations, cut before the first stop string. Given up: rows run to max_gen_toks or eos, then are cut."""
-        from deepv3.generate.decode import Sampling, decode
-
         texts: dict[int, str] = {}
         for options, numbers in _grouped([request.args[1] for request in requests]).items():
             asked = dict(options)
@@ -70,12 +68,13 @@ class Adapter(TemplateLM):
             new = min(int(asked.get("max_gen_toks", NEW_TOKENS)), self.length - 1)
             drawn = asked.get("do_sample", False)
             temperature = float(asked.get("temperature", 1.0)) if drawn else 0.0
-            sampling = Sampling(new, temperature, float(asked.get("top_p", 1.0)) if drawn else 1.0, eos=self.text.eos)
+            top_p = float(asked.get("top_p", 1.0)) if drawn else 1.0
             for first in range(0, len(numbers), ROWS):
                 chunk = numbers[first : first + ROWS]
                 prompts = [self.text.encode(requests[n].args[0]) or [self.eot_token_id] for n in chunk]
-                out = decode(self.model, [prompt[-(self.length - new) :] for prompt in prompts], sampling)
-                texts |= {n: _cut(self.text.decode(ids, True), stops) for n, ids in zip(chunk, out.ids)}
+                prompts = [prompt[-(self.length - new) :] for prompt in prompts]
+                out = self.extend(self.model, prompts, new, temperature, top_p, self.eot_token_id)
+                texts |= {n: _cut(self.text.decode(ids, True), stops) for n, ids in zip(chunk, out)}
         return [texts[n] for n in range(len(requests))]
 
 

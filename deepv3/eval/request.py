@@ -7,6 +7,7 @@ from glob import glob
 from deepv3.config.schema import Config, SourceConfig, knob
 from deepv3.data.tokenizer import Tokenizer
 from deepv3.errors import ConfigError, DataError
+from deepv3.eval.score import Extend
 from deepv3.model.transformer import Transformer
 
 
@@ -31,11 +32,13 @@ def evaluate(
     tokenizer: Tokenizer,
     load: Callable[[], Transformer],
     held: bool,
+    extend: Extend,
     say: Callable[[str], None],
 ) -> dict:
     """Carry out `request`; returns every figure by name and tells each as a line.
 
-    held: whether to measure on what cfg.data holds out. load: reads the weights. Raises ConfigError or DataError.
+    held: whether to measure on what cfg.data holds out. load: reads the weights; extend: continues prompts,
+    for tasks that ask for text. Raises ConfigError or DataError.
     """
     length = checked_length(request, cfg, tokenizer)
     tasks = _harness(request.tasks).load_tasks(request.tasks) if request.tasks else {}
@@ -53,7 +56,7 @@ def evaluate(
         _tell(figures.describe(), say)
     if tasks:
         harness = _harness(request.tasks)
-        adapter = harness.Adapter(model, tokenizer, length)
+        adapter = harness.Adapter(model, tokenizer, length, extend)
         out["tasks"], table = harness.run(adapter, tasks, request.limit, request.num_fewshot)
         say(table)
     return out

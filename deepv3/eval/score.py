@@ -10,7 +10,7 @@ overlap, and the last one reaches back so far that it is full. With a window of 
     target     0 1 2 3   4 5 6 7          8
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,10 @@ import deepv3.kernels as kernels
 from deepv3.model.transformer import Transformer
 
 BATCH_TOKENS = 8192  # of one forward pass, padding included
+
+# Decoding, which lives in generate/ and comes from outside:
+# (model, prompts, max_new_tokens, temperature, top_p, eos) -> new tokens of each prompt, up to and with the eos
+Extend = Callable[[Transformer, list[list[int]], int, float, float, int], list[list[int]]]
 
 
 class Row(NamedTuple):
