@@ -35,7 +35,7 @@ from deepv3.model.transformer import Transformer
 TOLERANCE = 3e-5  # of the largest logit. FP32 noise is up to 1e-5; a mistake in a row order moves logits by more than 1
 # Host bytes a parameter at the peak (measured): 4 in FP32, and a layer's experts once more while they are stacked; for
 # FP8 also the dequantised values from which transformers loads.
-MEMORY = {"bfloat16": 4.8, "float32": 4.8, "float8": 8.6}
+MEMORY = {"bfloat16": 5.2, "float32": 5.2, "float8": 9.0}
 SEQUENCES, PROMPT, NEW_TOKENS = 8, 16, 8
 
 
