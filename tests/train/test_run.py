@@ -86,6 +86,30 @@ def test_two_data_ranks_train_as_one_process(corpus, whole, tmp_path):
         assert ours["max_vio_layers"] == theirs["max_vio_layers"]
 
 
+def test_four_ranks_of_a_pipeline_with_experts_train_as_one_process_which_then_goes_on_and_exports(
+    corpus, whole, tmp_path
+):
+    run_dir = tmp_path / "four"
+    grid = ["parallel=dualpipe_pp2_ep2", "train.micro_batch_size=1"]
+    done = start(corpus, run_dir, "train.steps=3", *grid, processes=4)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rows(run_dir)[0]["max_vio_layers"] == rows(whole)[0]["max_vio_layers"]
+    done = start(corpus, run_dir, "train.steps=6", "train.finish=[export,verify]")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing missing" in done.stdout and (run_dir / "export" / "config.json").exists()
+    for ours, theirs in zip(rows(run_dir), rows(whole), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+def test_a_grid_that_does_not_fit_is_refused_with_both_sides_before_anything_is_written(corpus, tmp_path):
+    grid = ["parallel.pp_size=2", "parallel.schedule=dualpipev"]
+    done = start(corpus, tmp_path / "misfit", "train.steps=1", *grid, processes=2)
+    assert "4 pipeline stages > model.num_hidden_layers=3" in done.stdout + done.stderr
+    assert json.loads((tmp_path / "misfit" / "exit.json").read_text())["code"] == 2
+    assert not (tmp_path / "misfit" / "metrics.jsonl").exists()
+
+
 def test_a_folder_of_another_config_is_refused(corpus, whole):
     done = start(corpus, whole, "train.steps=6", "model.moe_intermediate_size=64")
     assert done.returncode == 2
