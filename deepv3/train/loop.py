@@ -262,7 +262,7 @@ class Run:
             return []
         note_end(self.dir, self.at.step, sys.exception())
         drawn = self.reporter.close()
-        self.recorder.close(drawn[0])
+        self.recorder.close(drawn[0] if drawn else None)
         return drawn
 
 

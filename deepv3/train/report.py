@@ -58,12 +58,14 @@ class Reporter:
         self._next = time.monotonic() + max(AT_LEAST, PAUSE * (time.monotonic() - began))
         return [path for path in drawn if path is not None]
 
-    def _draw_safely(self) -> None:
+    def _draw_safely(self) -> list[Path]:
+        """Whatever goes wrong (a full disk, above all) spoils the picture and not the run, nor the cause of its end."""
         try:
-            self._draw()
-        except OSError as error:  # a full disk spoils the picture, not the run; close() tries again and may raise
-            print(f"report not written: {error}", file=sys.stderr)
+            return self._draw()
+        except Exception as error:
+            print(f"report not written: {type(error).__name__}: {error}", file=sys.stderr)
             self._next = time.monotonic() + 60
+            return []
 
     def refresh(self) -> None:
         """Start a redraw unless one is under way or was a moment ago."""
@@ -72,7 +74,7 @@ class Reporter:
             self._thread.start()
 
     def close(self) -> list[Path]:
-        """Wait, draw the final state, return what was drawn: the report first, then the pictures."""
+        """Wait, draw the final state, return what was drawn: the report first, then the pictures; empty on failure."""
         if self._thread is not None:
             self._thread.join()
-        return self._draw()
+        return self._draw_safely()

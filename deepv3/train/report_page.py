@@ -138,7 +138,9 @@ def _charts(run: Folder) -> dict[str, list[str]]:
             chart("grad_norm", "Gradient norm", "before clipping", _line(s, "grad_norm", "norm"), log=_spread(s)),
             chart("lr", "Learning rate", "", _line(s, "lr", "rate", False), zero=True),
             chart("batch", "Batch", "sequences", _line(s, "sequences", "sequences", False), zero=True),
-            chart("weights", "Weight of MTP", "lambda", _line(s, "mtp_loss_weight", "lambda", False), zero=True),
+            chart("weights", "Weight of MTP", "lambda", _line(s, "mtp_loss_weight", "lambda", False), zero=True)
+            if s.total("loss_mtp")
+            else "",
         ],
         "Speed": speed,
         "Memory": [

@@ -157,6 +157,7 @@ def test_a_full_disk_spoils_the_picture_and_not_the_run(run, monkeypatch, capsys
     reporter.refresh()
     reporter._thread.join()
     assert "No space left" in capsys.readouterr().err
+    assert reporter.close() == []
 
 
 # -- comparison -------------------------------------------------------------------------------------------------------
