@@ -112,6 +112,10 @@ class Reader:
             raise CheckpointError(f"{self.folder}: holds no buffer {name}")
         return self._open(self._buffers[name]).read(f"buffer/{name}")
 
+    def sees(self, name: str) -> bool:
+        """Whether a buffer's shard is on this disk; True for a buffer that is stored nowhere."""
+        return name not in self._buffers or (self.folder / self._buffers[name]).exists()
+
     def generator_state(self, rank: int, kind: str) -> Tensor | None:
         """State of a rank's random generator, cpu or cuda; None where it was not stored."""
         shard = self._open(self.manifest.shards[rank].name)

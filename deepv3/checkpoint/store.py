@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deepv3.checkpoint import manifest as manifests
 from deepv3.checkpoint import shards
@@ -68,9 +68,10 @@ def load(path: Path, engine: Engine, model: nn.Module, average: WeightAverage | 
     reader = Reader(path, complete=False)
     held = sum(grid.gather(sum(fragment.hi - fragment.lo for fragment in engine.fragments())))
     stored = sum(math.prod(shape) for shape in reader.shapes.values())
-    agree(grid, f"read {path}", lambda: _fill(reader, engine, model, average))
-    here = grid.gather([name for name, _ in model.named_parameters()])
+    elsewhere = _buffers_of_other_disks(reader, list(persistent_buffers(model)), grid)
+    agree(grid, f"read {path}", lambda: _fill(reader, engine, model, average, elsewhere))
     if held != stored:
+        here = grid.gather([name for name, _ in model.named_parameters()])
         surplus = reader.shapes.keys() - {name for names in here for name in names}
         raise CheckpointError(
             f"{path}: holds {stored} parameters, this model {held}; it has no {', '.join(sorted(surplus)[:5])}; "
@@ -87,7 +88,9 @@ def load(path: Path, engine: Engine, model: nn.Module, average: WeightAverage | 
 
 
 @torch.no_grad()
-def _fill(reader: Reader, engine: Engine, model: nn.Module, average: WeightAverage | None) -> None:
+def _fill(
+    reader: Reader, engine: Engine, model: nn.Module, average: WeightAverage | None, elsewhere: dict[str, Tensor]
+) -> None:
     mine = engine.fragments()
     for name, shape in {fragment.name: fragment.shape for fragment in mine}.items():
         stored = reader.shapes.get(name)
@@ -102,9 +105,25 @@ def _fill(reader: Reader, engine: Engine, model: nn.Module, average: WeightAvera
         if average is not None and "ema" in reader.manifest.kinds:
             reader.read_flat("ema", fragment.name, fragment.lo, fragment.hi, average.view(fragment))
     for name, buffer in persistent_buffers(model).items():
-        value = reader.buffer(name)
+        value = elsewhere[name] if name in elsewhere else reader.buffer(name)
         if value.shape != buffer.shape:
             raise CheckpointError(
                 f"{reader.folder}: buffer {name} is {list(value.shape)}, this model's is {list(buffer.shape)}"
             )
         buffer.copy_(value)
+
+
+def _buffers_of_other_disks(reader: Reader, names: list[str], grid: Grid) -> dict[str, Tensor]:
+    """Buffers that this rank needs and whose shard lies on another node's disk: small, and stored by one rank only."""
+    mine = [name for name in names if not reader.sees(name)]
+    asked = sorted({name for absent in grid.gather(mine) for name in absent})
+    if not asked:
+        return {}
+    seen = grid.gather([name for name in asked if reader.sees(name)])
+    giver = {name: next((rank for rank, there in enumerate(seen) if name in there), None) for name in asked}
+
+    def give() -> dict[str, list]:
+        return {name: reader.buffer(name).tolist() for name, rank in giver.items() if rank == grid.rank}
+
+    given = agree(grid, f"read the buffers of {reader.folder}", give)
+    return {name: torch.tensor(values) for found in given for name, values in found.items() if name in mine}
