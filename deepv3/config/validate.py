@@ -177,11 +177,12 @@ def _batches(cfg: Config, dp: int) -> Iterator[str]:
 def _other_grid(cfg: Config, size: int, dp: int) -> str:
     """The nearest smaller data-parallel size that the batch fits, and the pp_size that keeps the number of ranks."""
     pp, rows = cfg.parallel.pp_size, size // cfg.train.micro_batch_size
-    fits = max((d for d in range(1, dp) if rows % d == 0 and d % cfg.parallel.ep_size == 0), default=0)
+    fits = max((d for d in range(1, dp) if rows % d == 0), default=0)
     if size % cfg.train.micro_batch_size or not fits:
         return ""
     same = f", or parallel.pp_size={pp * dp // fits} on as many" if pp * dp % fits == 0 else ""
-    return f"or a data-parallel size of {fits} ({pp * fits} ranks{same}), "
+    experts = "" if fits % cfg.parallel.ep_size == 0 else "; parallel.ep_size must divide it"
+    return f"or a data-parallel size of {fits} ({pp * fits} ranks{same}{experts}), "
 
 
 def ramp_sizes(ramp: BatchRamp) -> list[int]:

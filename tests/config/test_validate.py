@@ -142,3 +142,12 @@ def test_every_field_of_the_tables_exists():
 
 def test_a_plan_on_paper_needs_neither_data_nor_checkpoint():
     validate(compose(["+config=v3_671b_32k"]), 2048, training=False)
+
+
+def test_a_batch_that_does_not_divide_names_the_grid_that_fits():
+    cfg = compose(["+config=v3_671b_128k", "data.sources=[{path: x}]", "parallel.ep_size=64"])
+    with pytest.raises(ConfigError, match=r"480 = 3 x 128 \+ 96.* data-parallel size of 120 \(1920 ranks; .*ep_size"):
+        validate(cfg, 2048)
+    cfg.parallel.ep_size, cfg.train.global_batch_size = 32, 64 * 3
+    with pytest.raises(ConfigError, match="data-parallel size of 96 .1536 ranks"):
+        validate(cfg, 2048)
