@@ -28,7 +28,8 @@ class Tab:
     """An open page, with everything it complained about and everything it asked for."""
 
     def __init__(self, page):
-        self.page, self.errors, self.requests = page, [], []
+        self.page, self.errors, self.requests, self.loads = page, [], [], []
+        page.on("load", lambda page: self.loads.append(page.url))
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("console", lambda said: self.errors.append(said.text) if said.type in ("error", "warning") else None)
         page.on("request", lambda request: self.requests.append(request.url))
@@ -36,15 +37,22 @@ class Tab:
 
 @pytest.fixture
 def visit(chromium) -> Iterator:
-    """visit(path, width, scheme) opens a file in a window of that width (CSS pixels) and colour scheme."""
+    """visit(path, width, scheme) opens a file in a window of that width (CSS pixels) and colour scheme.
+
+    script: whether scripts run; clock: the page's clock is moved by hand.
+    """
     contexts = []
 
-    def open_page(path: Path, width: int = 1280, scheme: str = "light", script: bool = True) -> Tab:
+    def open_page(
+        path: Path, width: int = 1280, scheme: str = "light", script: bool = True, clock: bool = False
+    ) -> Tab:
         context = chromium.new_context(
             viewport={"width": width, "height": 850}, color_scheme=scheme, java_script_enabled=script
         )
         contexts.append(context)
         tab = Tab(context.new_page())
+        if clock:
+            tab.page.clock.install()
         tab.page.goto(path.resolve().as_uri())
         return tab
 

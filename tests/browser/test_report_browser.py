@@ -125,6 +125,19 @@ def test_a_tile_grows_when_it_is_pressed_by_key_or_pointer(pages, visit):
     assert tile.bounding_box()["width"] == pytest.approx(small, abs=1)
 
 
+def test_the_page_of_a_running_run_reloads_itself_unless_it_is_being_read(pages, visit):
+    tab = visit(pages["empty"], clock=True)
+    with tab.page.expect_event("load"):
+        tab.page.clock.run_for(61_000)
+    assert len(tab.loads) == 2
+    tab.page.locator("summary").first.click()
+    tab.page.clock.run_for(200_000)
+    assert len(tab.loads) == 2
+    over = visit(pages["report"], clock=True)
+    over.page.clock.run_for(200_000)
+    assert len(over.loads) == 1, "this run is over"
+
+
 def test_every_figure_is_there_without_script(pages, visit):
     tab = visit(pages["report"], script=False)
     assert tab.page.locator("figure.chart svg").count() == tab.page.locator("figure.chart").count() >= 14
