@@ -151,6 +151,7 @@ def _known() -> dict[str, dict[str, Any]]:
 
 def _save() -> None:
     """Write what is known beside what other processes wrote; by rename, so that none reads half a file."""
+    global _file
     if _file is None:
         return
     content = _read()
@@ -163,4 +164,4 @@ def _save() -> None:
         os.replace(name, _file)
     except OSError as error:
         warnings.warn(f"choices of kernels are not kept: {error}; see deepv3.kernels.backends.use_file", stacklevel=4)
-        use_file(None)
+        _file = None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepv3.kernels.activation import check_gated, swiglu_gradient, swiglu_output
 from deepv3.kernels.casts import from_e4m3, store_columns, store_rows, turned_rows
-from deepv3.kernels.checks import ACTIVATIONS, FP32, check, check_rows8
+from deepv3.kernels.checks import ACTIVATIONS, E4M3, FP32, check, check_rows8
 from deepv3.kernels.quantise import empty_columns, empty_rows
 from deepv3.kernels.reference.quantise import BLOCK
 
@@ -182,7 +182,7 @@ def swiglu_fp8_backward(
     check("dy", dy, (None, None), ACTIVATIONS, dy.device)
     n_rows, n_cols = dy.shape
     _check_half(n_cols)
-    check("h_codes", h_codes, (n_rows, 2 * n_cols), (h_codes.dtype,), dy.device)
+    check("h_codes", h_codes, (n_rows, 2 * n_cols), E4M3, dy.device)
     check_rows8("h_codes", h_codes, h_scales, dy.device)
     if weight is not None:
         check("weight", weight, (n_rows,), FP32, dy.device)

@@ -1,5 +1,6 @@
 """Launchers refuse what their kernels cannot read, before anything is launched, and say what is needed."""
 
+import inputs8
 import pytest
 import torch
 from inputs import Maker, kernel, make
@@ -52,3 +53,53 @@ def test_a_wrong_argument_is_named(name, shape, place, damage, error, message):
     damaged = [damage(value) if index == place else value for index, value in enumerate(positional)]
     with pytest.raises(error, match=message):
         kernel(name)(*damaged, **keyword)
+
+
+REFUSED8 = [
+    ("quantise_rows", {"rows": 4, "width": 40}, 0, lambda x: x, ValueError, "rows of 40, FP8 needs a multiple of 16"),
+    ("quantise_both", {"rows": 4, "width": 16}, 0, lambda x: x.double(), TypeError, "x is torch.float64"),
+    ("quantise_columns", {"rows": 16, "width": 16}, 0, lambda x: x.t(), ValueError, "needed 1 in the last dimension"),
+    ("quantise_blocks", {"n": 24, "k": 16}, 0, lambda w: w, ValueError, "transposed, has rows of 24"),
+    ("dequantise_rows", {"rows": 4, "width": 16}, 0, lambda c: c.float(), TypeError, "needed torch.float8_e4m3fn"),
+    ("permute_fp8", {"rows": 4, "width": 16, "taken": 3}, 2, lambda t: t.long(), TypeError, "token_of_slot is"),
+    ("permute_fp8", {"rows": 8, "width": 256, "taken": 3}, 1, lambda s: s.contiguous(), ValueError, "first dimension"),
+    ("requantise", {"rows": 8, "width": 256}, 1, lambda s: s[:, :1], ValueError, r"needed \[8, 2\]"),
+    ("requantise", {"rows": 6, "width": 256}, 1, lambda s: s.t().contiguous().t(), ValueError, "rounded up to 4"),
+    ("fp8_mm", {"rows": 8, "n": 16, "k": 32}, 2, lambda w: w[:, :16].contiguous(), ValueError, r"needed \[any, 32\]"),
+    ("fp8_mm", {"rows": 8, "n": 272, "k": 256}, 3, lambda s: s.contiguous(), ValueError, "rows at multiples of 4"),
+    ("fp8_mm", {"rows": 8, "n": 16, "k": 32}, 3, lambda s: s.to("meta"), ValueError, "weight_scales is on meta"),
+    ("fp8_mm", {"rows": 8, "n": 16, "k": 32}, 4, lambda _: torch.float16, TypeError, "dtype is torch.float16"),
+    ("fp8_wgrad_", {"rows": 8, "n": 16, "k": 32}, 0, lambda g: g.bfloat16(), TypeError, "grad is torch.bfloat16"),
+    ("fp8_wgrad_", {"rows": 8, "n": 16, "k": 32}, 1, lambda c: c[:, :64].contiguous(), ValueError, "x_codes has shape"),
+    ("fp8_wgrad_", {"rows": 8, "n": 16, "k": 32}, 4, lambda s: s[:, :16], ValueError, "x_scales has shape"),
+    ("grouped_fp8_mm", {"ends": [8], "rows": 8, "n": 16, "k": 32}, 0, lambda c: c, ValueError, "multiple of 128"),
+    ("grouped_fp8_mm", {"ends": [128], "rows": 128, "n": 16, "k": 32}, 4, lambda o: o[:0], ValueError, "offsets has"),
+    (
+        "grouped_fp8_wgrad_",
+        {"ends": [128], "rows": 8, "n": 16, "k": 32},
+        5,
+        lambda o: o.long(),
+        TypeError,
+        "offsets is",
+    ),
+    ("swiglu_fp8", {"rows": 2, "width": 64}, 0, lambda h: h, ValueError, "SwiGLU of width 64, FP8 needs a multiple"),
+    ("swiglu_fp8_backward", {"rows": 4, "width": 128}, 1, lambda c: c[:, :128], ValueError, "h_codes has shape"),
+    ("rmsnorm_fp8", {"tokens": 4, "width": 24}, 0, lambda x: x, ValueError, "rows of 24"),
+    ("rmsnorm_fp8_columns", {"tokens": 4, "width": 32}, 2, lambda r: r[:3], ValueError, "rstd has shape"),
+    ("e5m6_pack", {"rows": 2, "width": 128}, 0, lambda x: x[:, :64], ValueError, "packs multiples of 128"),
+    ("e5m6_unpack", {"rows": 2, "width": 128}, 0, lambda w: w[:, :40].contiguous(), ValueError, "multiple of 48"),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "place", "damage", "error", "message"), REFUSED8)
+def test_a_wrong_argument_of_an_fp8_kernel_is_named(name, shape, place, damage, error, message):
+    maker = Maker(0, torch.float32)
+    made = inputs8.make(name, maker, **shape)
+    damaged = [damage(value) if index == place else value for index, value in enumerate(made)]
+    with pytest.raises(error, match=message):
+        kernel(name)(*damaged)
+
+
+def test_routing_tables_need_at_least_one_row_a_filling():
+    with pytest.raises(ValueError, match="align 0"):
+        kernel("routing_tables")(torch.zeros(2, 1, dtype=torch.int32), 4, 0)
