@@ -26,7 +26,7 @@ USAGE = """usage: python launch/plan.py +config=NAME cluster=NAME [key=value ...
   calibration=PATH|NAME       rows measured here (docs/planner.md), or report | torchtitan
   phases=auto|none|[A,B]      presets that continue the run; auto: those named +config's name and more
   price=2 mtbf_hours=50700    dollars per device hour; mean time between failures of one device
-  experts=RUN_DIR ...         redundant experts from a run's loads (see docs/planner.md)"""
+  experts=RUN_DIR ...         redundant experts from a run's loads (docs/redundant-experts.md)"""
 
 
 @dataclass

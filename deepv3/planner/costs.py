@@ -20,6 +20,9 @@ from deepv3.pipeline.layout import StageSpec
 from deepv3.planner.network import AllToAll, Network
 from deepv3.planner.work import Layer, Seconds, Workload, added
 
+NOTHING = 1e-6
+"""Seconds of a chunk without layers, such as a stage that holds the embedding alone: a dry run needs some time."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -96,7 +99,7 @@ class Costs:
         for layer in stage.layers:
             seconds, open_, travel = self._layer(kind, layer)
             compute, exposed, moved = compute + seconds, exposed + open_, moved + travel
-        return Cost(compute + exposed, exposed, moved)
+        return Cost(max(compute + exposed, NOTHING), exposed, moved)
 
     @staticmethod
     def _once(kind: str, stage: Stage) -> float:

@@ -38,6 +38,7 @@ class Layout:
     micro: int
     batch: int
     loss_chunk: int
+    split: str = ""  # parallel.layout, layers per stage as text
 
     @classmethod
     def of(cls, cfg: Config) -> "Layout":
@@ -57,6 +58,7 @@ class Layout:
             micro=train.micro_batch_size,
             batch=full,
             loss_chunk=train.loss_chunk,
+            split=parallel.layout,
         )
 
     @property
@@ -82,7 +84,7 @@ class Layout:
     @cached_property
     def specs(self) -> tuple[StageSpec, ...]:
         """What lives in which stage; the split that training uses."""
-        return place(self.m, self.stages)
+        return place(self.m, self.stages, self.split)
 
     def lists(self, micro_batches: int | None = None) -> Schedule:
         """The action lists that training runs."""

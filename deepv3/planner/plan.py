@@ -10,6 +10,7 @@ from typing import Any
 
 from deepv3.arithmetic import flops_by_part, flops_per_token, kv_cache_bytes, parameters
 from deepv3.config.schema import Config
+from deepv3.pipeline.schedule import make_schedule
 from deepv3.planner.calibration import Calibration
 from deepv3.planner.campaign import HOUR, MTBF_HOURS, Phase, failures, pre_training
 from deepv3.planner.hardware import GIB
@@ -57,6 +58,9 @@ def make_plan(
     """Estimate a run and the phases that continue it. names: of all phases. Raises ConfigError for impossible grids."""
     layout = Layout.of(cfg)
     layout.refuse_impossible()
+    make_schedule(
+        layout.schedule, layout.pp, layout.micro_batches, cfg.parallel.strict
+    )  # strict: refuses what falls short
     simulator = Simulator(layout, cal)
     phases = [pre_training(simulator, cfg.train, names[0])]
     for name, phase_cfg in zip(names[1:], later):

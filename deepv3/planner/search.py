@@ -45,7 +45,7 @@ def candidates(layout: Layout) -> Iterator[Layout]:
                         for precision in precisions:
                             yield replace(
                                 layout, pp=pp, ep=ep, schedule=schedule, micro=micro, recompute=recompute,
-                                precision=precision,
+                                precision=precision, split="",
                             )  # fmt: skip
 
 
