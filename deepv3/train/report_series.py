@@ -7,7 +7,6 @@ neighbours merge in pairs and the width doubles: memory is bounded and nothing i
 are left out.
 """
 
-import io
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -157,7 +156,7 @@ def _parse(block: bytes) -> tuple[np.ndarray, list[np.ndarray], np.ndarray | Non
     parse = arrow_json.ParseOptions(explicit_schema=pa.schema(schema), unexpected_field_behavior="ignore")
     try:
         read = arrow_json.ReadOptions(block_size=1 << 22)
-        table = arrow_json.read_json(io.BytesIO(block), read_options=read, parse_options=parse).combine_chunks()
+        table = arrow_json.read_json(pa.BufferReader(block), read_options=read, parse_options=parse).combine_chunks()
     except pa.ArrowInvalid:
         return _parse_slowly(block)
 
