@@ -162,7 +162,8 @@ def _batches(cfg: Config, dp: int) -> Iterator[str]:
     if train.global_batch_size is not None:
         named["train.global_batch_size"] = train.global_batch_size
     elif train.batch_ramp is not None:
-        named |= {f"train.batch_ramp's step of {size} sequences": size for size in ramp_sizes(train.batch_ramp)}
+        unfit = [size for size in ramp_sizes(train.batch_ramp) if size % unit]
+        named |= {f"train.batch_ramp's step of {size} sequences": size for size in unfit[:3]}  # of up to 97
     else:
         yield "train.global_batch_size and train.batch_ramp are both null; set train.global_batch_size=N sequences"
     if train.eval_every:

@@ -45,7 +45,8 @@ class Calibration:
     interference: an overlapped pair's time over that of its slots. sync_nic, sync_nvlink: seconds that an all-to-all
     takes besides moving bytes (notification, skew). comm_sms: multiprocessors kept for communication where there is
     expert parallelism. layer_overhead: seconds per layer and pass (forward, backward) that no modelled kernel explains:
-    launches, host waits, unfused operations. update_bytes: traffic of the optimizer per parameter of the shard.
+    host waits, unfused operations. launch: seconds per kernel launched. update_bytes: the optimizer's traffic per
+    parameter of the shard.
     imbalance: the busiest rank's expert rows over the mean. workspace: bytes of context, NCCL and allocator slack.
     """
 
@@ -74,6 +75,7 @@ class Calibration:
     sync_nvlink: Value = constant(Value(60e-6, 40e-6, 100e-6, "4 x H200: all_to_all of 1 MiB takes 58 us"))
     comm_sms: Value = constant(Value(20, 20, 20, "V3 3.2.2: 20 of 132 multiprocessors"))
     layer_overhead: Value = constant(Value(0.0, 0.0, 0.0, "the trace's gaps are in the slots' times"))
+    launch: Value = constant(Value(8e-6, 15e-6, 5e-6, "assumed: seconds the host takes to launch a kernel from Python"))
     update_bytes: Value = constant(Value(22.0, 22.0, 22.0, "FP32 gradient and master, BF16 moments and weight"))
     imbalance: Value = constant(Value(1.0, 1.2, 1.0, "force-balanced trace; real skew is inside interference"))
     workspace: Value = constant(Value(2.5e9, 3.5e9, 1.5e9, "assumed: CUDA context, NCCL channels, fragmentation"))

@@ -17,6 +17,11 @@ def _range(values: list[float], form: str) -> str:
     return f"{values[0]:{form}} - {values[1]:{form}}"
 
 
+def _billions(count: float) -> str:
+    """671026404352 -> 671.03 B; below a billion in millions."""
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
 def _summary(d: dict[str, Any]) -> Table:
     c, layout, step, run = d["cluster"], d["layout"], d["step"], d["run"]
     table = _table(
@@ -25,12 +30,10 @@ def _summary(d: dict[str, Any]) -> Table:
         f"{layout['recompute']}",
         "at the full batch", "", "range",
     )  # fmt: skip
-    active = _range([value / 1e9 for value in d["active_parameters_range"]], ".2f")
-    table.add_row(
-        "parameters: total, MTP", f"{d['total_parameters'] / 1e9:.2f} B, {d['mtp_parameters'] / 1e9:.2f} B", ""
-    )
-    table.add_row("parameters: active", f"{d['active_parameters'] / 1e9:.2f} B", f"{active} B, with embedding")
-    table.add_row("step", f"{d['step_seconds']:.3f} s", _range(d["step_seconds_range"], ".2f"))
+    least, most = map(_billions, d["active_parameters_range"])
+    table.add_row("parameters: total, MTP", f"{_billions(d['total_parameters'])}, {_billions(d['mtp_parameters'])}", "")
+    table.add_row("parameters: active", _billions(d["active_parameters"]), f"{least} - {most}, with embedding")
+    table.add_row("step", f"{d['step_seconds']:.3f} s", _range(d["step_seconds_range"], ".3g"))
     rate, rates = d["tokens_per_second_per_gpu"], d["tokens_per_second_per_gpu_range"]
     table.add_row("tokens/s per device", f"{rate:,.0f}", _range(rates, ",.0f"))
     table.add_row("MFU, causal (full square)", f"{step['mfu']:.1%} ({step['mfu_full_attention']:.1%})", "")
@@ -63,7 +66,7 @@ def _memory(d: dict[str, Any]) -> Table:
     names = [_numbers([row["rank"] for row in rows]) for rows in shown]
     table = _table(f"memory, GiB of {memory['capacity_gib']:.1f}; fullest ranks first", "pipeline rank", *names)
     table.add_row("stages of the first", *(rows[0]["role"] for rows in shown))
-    table.add_row("parameters, B", *(f"{rows[0]['parameters'] / 1e9:.2f}" for rows in shown))
+    table.add_row("parameters", *(_billions(rows[0]["parameters"]) for rows in shown))
     table.add_row("micro-batches in flight", *(str(rows[0]["in_flight"]) for rows in shown))
     table.add_section()
     for part in memory["ranks"][0]["parts_gib"]:

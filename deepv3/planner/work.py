@@ -40,6 +40,7 @@ def added(parts: Iterable[Seconds]) -> Seconds:
 
 BREAK_EVEN = 460.0  # N K / (N + K) from which FP8's GEMM repays its quantisation
 PADDING = 64  # rows, mean per expert
+FORWARD_KERNELS, BACKWARD_KERNELS = 45, 90  # launches of a layer and pass, about what the published trace shows
 
 
 @dataclass(frozen=True)
@@ -191,11 +192,16 @@ class Workload:
         if self.recompute != "none":
             attention_input += self._remade
         forward, inputs, weight, shared = self._experts() if moe else self._dense()
-        wait = Seconds({"host": self.cal.layer_overhead.value})
-        attention_forward, attention_input = attention_forward + wait, attention_input + wait
+        attention_forward += self._host(FORWARD_KERNELS, attention_forward, forward)
+        attention_input += self._host(BACKWARD_KERNELS, attention_input, attention_weight, inputs, weight)
         if self.recompute == "full":
             attention_input, inputs = attention_input + attention_forward, inputs + forward
         return Layer(moe, attention_forward, attention_input, attention_weight, forward, inputs, weight, shared)
+
+    def _host(self, kernels: int, *pieces: Seconds) -> Seconds:
+        """What a pass lasts beyond its kernels: the fixed overhead, and launching where that takes longer."""
+        launching = max(0.0, kernels * self.cal.launch.value - added(pieces).total())
+        return Seconds({"host": self.cal.layer_overhead.value + launching})
 
     def _dense(self) -> tuple[Seconds, Seconds, Seconds, float]:
         m, fp8 = self.m, self.precision == "fp8"

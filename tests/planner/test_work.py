@@ -81,5 +81,12 @@ def test_few_rows_per_expert_leave_the_weight_gradient_to_memory():
     assert work.grouped(2048, 2048, "weight").total() == pytest.approx(moved / work.bandwidth, rel=0.05)
 
 
+def test_a_small_layer_waits_for_its_launches_and_a_large_one_does_not():
+    small, large = replace(workload("bf16"), m=model("tiny"), tokens=1024, ep=1).layer(True), workload().layer(True)
+    forward = small.attention_forward + small.ffn_forward
+    assert forward.total() == pytest.approx(45 * REPORT.launch.value) and forward["host"] > 0.5 * forward.total()
+    assert large.total()["host"] == 0.0
+
+
 def test_seconds_add_class_by_class():
     assert added([Seconds({"a": 1.0, "b": 2.0}), Seconds({"b": 3.0})]) == {"a": 1.0, "b": 5.0}
