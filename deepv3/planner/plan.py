@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deepv3.arithmetic import flops_by_part, flops_per_token, kv_cache_bytes, parameters
+from deepv3.arithmetic import activation_bytes, flops_by_part, flops_per_token, kv_cache_bytes, parameters
 from deepv3.config.schema import Config
 from deepv3.pipeline.schedule import make_schedule
 from deepv3.planner.calibration import Calibration
@@ -22,6 +22,14 @@ from deepv3.planner.uncertain import Spread, spread
 
 POST_TRAINING_GPU_HOURS = 5000.0
 """V3 Table 1, as reported: supervised and reinforcement tuning are not modelled."""
+
+
+REMADE = {
+    "none": ("SwiGLU outputs", "rows of a local permutation"),
+    "selective": ("SwiGLU outputs", "rows of a local permutation", "norm outputs", "queries, keys, values"),
+    "full": ("all but a layer's input",),
+}
+"""What backward makes again, by train.recompute (deepv3/model/block.py)."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,19 @@ def _memory(plan: Plan) -> dict[str, Any]:
         }
         for r in plan.ranks
     ]  # fmt: skip
-    return {"capacity_gib": capacity, "ranks": rows, "fits": not plan.misfit, "does_not_fit": plan.misfit}
+    layout = plan.layout
+    kept = {
+        kind: activation_bytes(layout.m, layout.precision, layout.recompute, moe, layout.ep > 1)
+        for kind, moe in (("dense", False), ("experts", True))
+    }
+    return {
+        "capacity_gib": capacity,
+        "ranks": rows,
+        "layer_bytes_per_token": kept,
+        "recomputed": list(REMADE[layout.recompute]),
+        "fits": not plan.misfit,
+        "does_not_fit": plan.misfit,
+    }
 
 
 def _step(plan: Plan) -> dict[str, Any]:

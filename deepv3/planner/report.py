@@ -77,6 +77,16 @@ def _memory(d: dict[str, Any]) -> Table:
     return table
 
 
+def _kept(d: dict[str, Any]) -> Table:
+    kept = d["memory"]["layer_bytes_per_token"]
+    table = _table("what a layer keeps for backward, bytes per token", "part", *kept)
+    for part in dict.fromkeys(part for parts in kept.values() for part in parts):
+        table.add_row(part, *(f"{parts.get(part, 0):,}" for parts in kept.values()))
+    table.add_section()
+    table.add_row("sum", *(f"{sum(parts.values()):,}" for parts in kept.values()))
+    return table
+
+
 def _numbers(ranks: list[int]) -> str:
     """[1, 2, 3] -> 1-3; [0, 15] -> 0, 15."""
     whole = len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1))
@@ -125,6 +135,7 @@ def _remarks(d: dict[str, Any]) -> list[str]:
     largest = sorted(d["uncertainty"].items(), key=lambda item: -abs(item[1]))[:4]
     causes = ", ".join(f"{name} {change:+.1%}" for name, change in largest)
     return [
+        f"made again in backward: {', '.join(d['memory']['recomputed'])}",
         *(f"note: {row['name']}: {note}" for row in run["phases"] for note in row["notes"]),
         *(f"note: {note}" for note in d["step"]["notes"]),
         f"failures: {fail['expected']:,.0f} expected in the first phase, one each {fail['between_hours']:,.1f} h; a "
@@ -137,7 +148,7 @@ def _remarks(d: dict[str, Any]) -> list[str]:
 
 def show(d: dict[str, Any], console: Console) -> None:
     """Print all tables; what does not fit is said last."""
-    for table in (_summary(d), _time(d), _memory(d), _flops(d), _phases(d)):
+    for table in (_summary(d), _time(d), _memory(d), _kept(d), _flops(d), _phases(d)):
         console.print(table)
     for sentence in _remarks(d):
         console.print(sentence, highlight=False)
