@@ -275,7 +275,7 @@ def test_backward_thread_can_launch_descriptor_kernels():
     assert testing.relative_norm(grad, expected) <= WGRAD
 
 
-def test_router_and_tables_stay_near_15_microseconds_together():
+def test_router_and_tables_stay_within_15_microseconds_together():
     for experts in (64, 256):
         (logits, bias, *rest), _ = make(
             "router_topk", Maker(11, torch.float32, "cuda"), tokens=8192, experts=experts, top_k=8, groups=8, kept=4
@@ -286,4 +286,4 @@ def test_router_and_tables_stay_near_15_microseconds_together():
             kernels.router_topk(logits, bias, *rest)
             kernels.routing_tables(indices, experts)
 
-        assert testing.time_gpu(both).median_us < 30  # twice the target: a shared GPU is no stopwatch
+        assert testing.time_gpu(both).median_us < 15
