@@ -17,7 +17,7 @@ from deepv3.planner.hardware import GIB
 from deepv3.planner.layout import Layout
 from deepv3.planner.memory import Memory, RankMemory, misfit
 from deepv3.planner.simulate import Simulator, Step
-from deepv3.planner.topology import of_fabric
+from deepv3.planner.topology import of_fabric, table
 from deepv3.planner.uncertain import Spread, spread
 
 POST_TRAINING_GPU_HOURS = 5000.0
@@ -167,6 +167,15 @@ def _network(plan: Plan) -> dict[str, Any]:
         "message_seconds": plan.simulator.costs.message,
         "cost_per_device_dollars": full.cost_per_end,
         "cost_dollars": full.cost_per_end * layout.cluster.count,
+        "topologies": {
+            row.name: {
+                "ends": row.ends,
+                "switches": row.switches,
+                "links": row.links,
+                "dollars_per_end": row.cost_per_end,
+            }
+            for row in table().values()
+        },
     }
 
 

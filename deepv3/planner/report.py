@@ -129,6 +129,16 @@ def _phases(d: dict[str, Any]) -> Table:
     return table
 
 
+def _networks(d: dict[str, Any]) -> Table:
+    table = _table(
+        "networks of 64-port switches, full (HW Table 3)", "topology", "ends", "switches", "links", "$ per end"
+    )
+    for name, row in d["network"]["topologies"].items():
+        counts = (f"{row[key]:,.0f}" for key in ("ends", "switches", "links", "dollars_per_end"))
+        table.add_row(name, *counts)
+    return table
+
+
 def _remarks(d: dict[str, Any]) -> list[str]:
     """Sentences below the tables."""
     run, fail = d["run"], d["run"]["failures"]
@@ -148,7 +158,7 @@ def _remarks(d: dict[str, Any]) -> list[str]:
 
 def show(d: dict[str, Any], console: Console) -> None:
     """Print all tables; what does not fit is said last."""
-    for table in (_summary(d), _time(d), _memory(d), _kept(d), _flops(d), _phases(d)):
+    for table in (_summary(d), _time(d), _memory(d), _kept(d), _flops(d), _phases(d), _networks(d)):
         console.print(table)
     for sentence in _remarks(d):
         console.print(sentence, highlight=False)

@@ -65,7 +65,9 @@ def test_every_table_is_printed(report, capsys):
     for text in (
         "671.03 B",
         "GFLOP per token",
-        "activations",
+        "156,768",
+        "norm outputs",
+        "384,272",
         "pipeline bubble",
         "v3_671b_128k",
         "failures: 51 expected",
