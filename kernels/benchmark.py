@@ -1,10 +1,12 @@
 """Every kernel at the shapes of mini and of V3 (671B), timed beside torch in one run on the current CUDA device.
 
-`rows()` gives dictionaries, `table()` markdown, `tile_table()` the candidates for the grouped weight gradient. A row's
+`rows()` gives dictionaries, `table()` markdown, `tile_table()` the candidates for the grouped weight gradient;
+`python -m deepv3.kernels.benchmark` prints them after the FP8 kernels' checks and tables (`benchmark8`). A row's
 floor is max(bytes / copy bandwidth, FLOP / BF16 rate), both measured first, in the same run: bytes are those that must
 move once, the rate is cuBLAS on 8192^3. Inputs are random, L2 is cold.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -274,6 +276,16 @@ def tile_table() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    print(tile_table())
+def main() -> None:
+    """FP8 first: its implementations are checked before anything is timed. `every` as argument: Gluon in any case."""
+    from deepv3.kernels import benchmark8
+
+    every = sys.argv[1:] == ["every"]
+    print(benchmark8.check(every), flush=True)
+    print(benchmark8.table(every), flush=True)
+    print(tile_table(), flush=True)
     print(table())
+
+
+if __name__ == "__main__":
+    main()
