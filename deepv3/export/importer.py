@@ -180,11 +180,11 @@ def _write_shards(step: Path, plan: list[list[Piece]], folder: Folder) -> list[S
 
 
 def _manifest(cfg: Config, folder: Folder, written: list[Shard]) -> Manifest:
-    """As of a run of one rank that has not begun."""
+    """As of a data-parallel run that has not begun, each shard one rank's."""
     progress = {"step": 0, "tokens": 0, "samples": 0}
     return Manifest(
         step=0,
-        grid={"world_size": 1, "pp_size": 1, "ep_size": 1},
+        grid={"world_size": len(written), "pp_size": 1, "ep_size": 1},
         kinds=list(KINDS),
         shapes={name: list(shape) for name, shape in folder.shapes.items() if not name.endswith(BIAS_SUFFIX)},
         shards=written,
