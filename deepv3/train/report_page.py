@@ -186,7 +186,7 @@ def _cards(run: Folder) -> str:
     cards |= {"memory": f"{last.get('memory_gib') or 0:.1f} GiB"}
     if last.get("max_vio_layers"):
         cards |= {"MaxVio": si(last.get("max_vio")), "dead experts": str(last.get("dead_experts", "–"))}
-    cards |= {"steps skipped": f"{run.series.total('skipped'):.0f}"}
+    cards |= {"skipped": f"{run.series.total('skipped'):.0f}"}
     return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in cards.items()), cls="cards")
 
 
