@@ -51,6 +51,7 @@ def whole(corpus, tmp_path_factory) -> Path:
 def test_a_run_leaves_every_file_it_promises(whole):
     names = {p.name for p in whole.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "validation.jsonl", "loss.png", "expert_load.png", "exit.json"} <= names
+    assert {"report.html", "events.jsonl"} <= names
     assert [row["step"] for row in rows(whole)] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows(whole, "validation.jsonl")] == [0, 3, 6]
     promised = (
@@ -58,6 +59,19 @@ def test_a_run_leaves_every_file_it_promises(whole):
     )
     assert set(promised.split()) <= rows(whole)[0].keys()
     assert json.loads((whole / "exit.json").read_text())["code"] == 0
+
+
+def test_a_runs_rows_say_where_time_and_memory_go_and_its_report_shows_it(whole):
+    for row in rows(whole):
+        parts = [row[f"time_{name}"] for name in ("compute", "data", "optimizer")]
+        assert all(part >= 0 for part in parts) and 0.5 * row["step_seconds"] < sum(parts) <= row["step_seconds"]
+        held = sum(v for k, v in row.items() if k.startswith("memory_") and k != "memory_gib")
+        assert held == pytest.approx(row["memory_gib"])
+    assert rows(whole)[3]["time_checkpoint"] > 0, "the save after step 3 belongs to the row of step 4"
+    kinds = [row["kind"] for row in rows(whole, "events.jsonl")]
+    assert kinds[0] == "start" and kinds[-1] == "done" and "save" in kinds
+    text = (whole / "report.html").read_text()
+    assert 'id="time"' in text and 'id="load_now"' in text and "from 6 rows" in text and "finished" in text
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(corpus, whole, tmp_path):
