@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from deepv3.config.schema import ModelConfig
 from deepv3.pipeline.actions import BACKWARD, FORWARD, INPUT_GRAD, Action, Pair, Transfer
 from deepv3.pipeline.layout import StageSpec
-from deepv3.planner.network import AllToAll, Network
+from deepv3.planner.network import AllToAll
 from deepv3.planner.work import Layer, Seconds, Workload, added
 
 NOTHING = 1e-6
@@ -66,16 +66,12 @@ def build_stages(work: Workload, m: ModelConfig, specs: Sequence[StageSpec]) -> 
 class Costs:
     """Times of all actions of one layout, as `pipeline.dryrun` wants them: called with a step, returns seconds.
 
-    boundary: bytes of a pipeline message. inside: pipeline neighbours share a node. full: recompute is full, so that
-    backward sends tokens out and back once more. stretch: the interference factor.
+    message: seconds of a pipeline message. stretch: the interference factor. full: recompute is full, so that backward
+    sends tokens out and back once more.
     """
 
-    def __init__(
-        self, stages: Sequence[Stage], a2a: AllToAll, network: Network, boundary: float, inside: bool, full: bool
-    ) -> None:
-        self.stages, self.a2a, self.full = tuple(stages), a2a, full
-        self.stretch = network.calibration.interference.value
-        self.message = network.message(boundary, inside) if len(stages) > 1 else 0.0
+    def __init__(self, stages: Sequence[Stage], a2a: AllToAll, message: float, stretch: float, full: bool) -> None:
+        self.stages, self.a2a, self.message, self.stretch, self.full = tuple(stages), a2a, message, stretch, full
         self._alone: dict[tuple[str, int], Cost] = {}
         self._pairs: dict[tuple[int, int], Cost] = {}
 

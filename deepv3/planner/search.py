@@ -37,7 +37,7 @@ def candidates(layout: Layout) -> Iterator[Layout]:
     count, m = layout.cluster.count, layout.m
     precisions = ("fp32",) if layout.precision == "fp32" else PRECISIONS
     for pp in (d for d in _divisors(count) if d <= m.num_hidden_layers):
-        schedules = SCHEDULES if pp > 1 else ("1f1b",)  # with one rank all are the same list
+        schedules = SCHEDULES if pp > 1 else ("1f1b", "dualpipev")  # one rank pairs its two stages, or runs one by one
         for ep in (d for d in _divisors(m.n_routed_experts) if d <= count // pp):
             for schedule in schedules:
                 for micro in MICRO:

@@ -104,9 +104,10 @@ class Simulator:
     def costs(self) -> Costs:
         """Times of the actions."""
         layout = self.layout
-        boundary = layout.tokens * wire_bytes(layout.m, layout.precision).boundary
+        size = layout.tokens * wire_bytes(layout.m, layout.precision).boundary
         inside = layout.cluster.count <= layout.cluster.node
-        return Costs(self.stages, self.a2a, self.network, boundary, inside, layout.recompute == "full")
+        message = self.network.message(size, inside) if layout.pp > 1 else 0.0  # one rank hands over in place
+        return Costs(self.stages, self.a2a, message, self.cal.interference.value, layout.recompute == "full")
 
     def tight_bound(self) -> float:
         """A better one than `bound`: the lists run with messages that take no time."""

@@ -1,5 +1,7 @@
 """Times of actions: with equal stages the schedules' formulas, and what pairs hide."""
 
+from dataclasses import replace
+
 import pytest
 from plans import constants, v3, v3_simulator
 
@@ -7,7 +9,7 @@ from deepv3.pipeline.actions import Action, Pair
 from deepv3.pipeline.check import check
 from deepv3.pipeline.schedule import make_schedule
 from deepv3.planner.costs import Costs, Stage
-from deepv3.planner.network import AllToAll, Network
+from deepv3.planner.network import AllToAll
 from deepv3.planner.simulate import Simulator
 from deepv3.planner.work import Layer, Seconds
 
@@ -23,11 +25,9 @@ def one_layer(forward, inputs, weight):
 EQUAL = Stage((one_layer(1.0, 1.0, 0.9),))
 
 
-def equal_costs(stages: int, stretch: float = 1.0) -> Costs:
-    network = Network(v3().cluster, constants(interference=stretch))
-    costs = Costs([EQUAL] * stages, AllToAll(0.0, 0.0, 0.0, 0.0), network, 0.0, True, False)
-    costs.message = 0.0
-    return costs
+def equal_costs(stages: int) -> Costs:
+    """Stages alike, no network, no interference."""
+    return Costs([EQUAL] * stages, AllToAll(0.0, 0.0, 0.0, 0.0), message=0.0, stretch=1.0, full=False)
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,17 @@ def test_a_full_backward_is_its_two_halves_less_what_it_hides():
     b, i, w = (costs.cost(Action(kind, 4, 0)) for kind in "BIW")
     assert b.seconds - b.exposed == pytest.approx(i.seconds - i.exposed + w.seconds)
     assert b.exposed <= i.exposed
+
+
+def test_a_stage_without_layers_takes_some_time():
+    nothing = Costs([Stage(())] * 2, AllToAll(0.0, 0.0, 0.0, 0.0), message=0.0, stretch=1.0, full=False)
+    assert nothing(Action("F", 0, 0)) > 0.0
+
+
+def test_one_rank_hides_its_exchanges_in_pairs():
+    """DualPipeV on one pipeline rank: no messages, and less of the network in the open than with 1F1B."""
+    base = {"pp": 1, "ep": 8, "cluster": replace(v3().cluster, count=8), "batch": 8 * 16, "precision": "bf16"}
+    paired, plain = (Simulator(v3(**base, schedule=name), constants()) for name in ("dualpipev", "1f1b"))
+    assert paired.costs.message == 0.0
+    assert paired.step().exposed < 0.3 * plain.step().exposed
+    assert paired.step().pipeline < plain.step().pipeline * 1.05
