@@ -27,7 +27,8 @@ BELOW_ONE = ("data.validation_fraction", "optim.beta1", "optim.beta2", "optim.em
 ZERO_ALLOWED = frozenset({
     "seed", "model.first_k_dense_replace", "model.n_shared_experts", "model.num_nextn_predict_layers",
     "model.aux_loss_alpha", "model.bias_update_speed", "model.mtp_loss_weight", "data.tokenizer_vocab_size",
-    "data.num_proc", "parallel.ranks_per_node", "optim.lr", "optim.warmup_steps", "optim.weight_decay", "train.steps", "train.tokens",
+    "data.num_proc", "parallel.ranks_per_node", "optim.lr", "optim.warmup_steps", "optim.weight_decay", "train.steps",
+    "train.tokens",
     "train.eval_every", "checkpoint.every", "checkpoint.keep_every",
     "train.hang_seconds", "logging.straggler_ratio", "logging.plot_every", "cluster.peak_tflops",
     "cluster.devices", *FRACTIONS, *BELOW_ONE,

@@ -164,7 +164,9 @@ class ParallelConfig:
     ranks_per_node: int = knob(
         0, "Consecutive ranks with a fast network between them (V3 3.2: 8); 0 takes what torchrun started per node."
     )
-    strict: bool = knob(False, "Refuse micro-batch counts with which the schedule would run less than fully overlapped.")
+    strict: bool = knob(
+        False, "Refuse micro-batch counts with which the schedule would run less than fully overlapped."
+    )
 
 
 @dataclass

@@ -113,6 +113,7 @@ def compare(processes: int, steps: int, rounds: int, peer: str, tokenizer: Path,
 
 # -- profile ----------------------------------------------------------------------------------------------------------
 
+
 def profile(cfg, steps: int = 2, warmup: int = 4) -> str:
     """Profile `steps` optimizer steps of cfg after `warmup` others on this device."""
     from torch.profiler import ProfilerActivity
