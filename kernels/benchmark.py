@@ -14,26 +14,11 @@ import torch
 from torch import Tensor
 
 import deepv3.kernels as kernels
+from deepv3.kernels import benchmark8
+from deepv3.kernels.shapes import MINI, V3, Shape, bf16, fp32, machine_rates
 from deepv3.kernels.testing import time_gpu
 
 VOCABULARY, LOSS_ROWS, PARAMETERS, TOP_K = 129_280, 2048, 1 << 27, 8
-
-
-class Shape(NamedTuple):
-    """What one GPU sees of a model: T tokens, and the R rows of the G experts it holds."""
-
-    name: str
-    tokens: int
-    hidden: int
-    heads: int
-    experts: int
-    groups: int
-    rows: int
-    width: int
-
-
-MINI = Shape("mini", 8192, 2048, 16, 64, 64, 65536, 1024)
-V3 = Shape("V3", 4096, 7168, 128, 256, 32, 32768, 2048)  # 32 of 256 experts: expert parallelism over 8
 
 
 class Work(NamedTuple):
@@ -46,14 +31,6 @@ class Work(NamedTuple):
     peer_name: str
     bytes: float
     flops: float = 0.0
-
-
-def bf16(*shape: int) -> Tensor:
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-
-
-def fp32(*shape: int) -> Tensor:
-    return torch.randn(shape, device="cuda")
 
 
 def _size(*tensors: Tensor) -> int:
@@ -212,15 +189,6 @@ def even_offsets(s: Shape) -> Tensor:
     return ends.int().cuda()
 
 
-def machine_rates() -> tuple[float, float]:
-    """(copy bandwidth in bytes/s, read and write counted; BF16 FLOP/s of cuBLAS on 8192^3)."""
-    source, a, b = bf16(1 << 29), bf16(8192, 8192), bf16(8192, 8192)
-    target = torch.empty_like(source)
-    copy = time_gpu(lambda: target.copy_(source)).median_us
-    multiply = time_gpu(lambda: torch.mm(a, b)).median_us
-    return 2 * _size(source) / copy * 1e6, 2 * 8192**3 / multiply * 1e6
-
-
 def rows() -> list[dict[str, Any]]:
     """Name, shape, us, spread_us, gb_s, tflops (None without products), of_floor (1 is the floor), peer, peer_us."""
     bandwidth, rate = machine_rates()
@@ -278,8 +246,6 @@ def tile_table() -> str:
 
 def main() -> None:
     """FP8 first: its implementations are checked before anything is timed. `every` as argument: Gluon in any case."""
-    from deepv3.kernels import benchmark8
-
     every = sys.argv[1:] == ["every"]
     print(benchmark8.check(every), flush=True)
     print(benchmark8.table(every), flush=True)

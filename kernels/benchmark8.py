@@ -16,8 +16,8 @@ from torch import Tensor
 
 import deepv3.kernels as kernels
 from deepv3.kernels import backends, gemm8
-from deepv3.kernels.benchmark import MINI, V3, Shape, bf16, fp32, machine_rates
 from deepv3.kernels.reference.quantise import dequantise_blocks, dequantise_columns, dequantise_rows
+from deepv3.kernels.shapes import MINI, V3, Shape, bf16, fp32, machine_rates
 from deepv3.kernels.testing import Timing, relative_norm, time_gpu
 
 TOKENS = 4096

@@ -21,7 +21,7 @@ def _whole_blocks(codes: Tensor) -> None:
         raise ValueError(f"{codes.shape[1]} products, needed a multiple of 128")
 
 
-def _scaled_mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, b_blocks: str, dtype: torch.dtype) -> Tensor:
+def _scaled_mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, b_blocks: Any, dtype: torch.dtype) -> Tensor:
     _whole_blocks(a)
     return F.scaled_mm(
         a,
@@ -29,7 +29,7 @@ def _scaled_mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, b_block
         a_scales,
         F.ScalingType.BlockWise1x128,
         b_scales,
-        F.ScalingType[b_blocks],
+        b_blocks,
         swizzle_a=F.SwizzleType.NO_SWIZZLE,
         swizzle_b=F.SwizzleType.NO_SWIZZLE,
         output_dtype=dtype,
@@ -40,7 +40,7 @@ def cublas_mm(
     codes: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, offsets: None, dtype: torch.dtype
 ) -> Tensor:
     """Dense only. Its 128 x 128 scales are handed over with the reduced dimension first."""
-    return _scaled_mm(codes, scales, weight, weight_scales.t(), "BlockWise128x128", dtype)
+    return _scaled_mm(codes, scales, weight, weight_scales.t(), F.ScalingType.BlockWise128x128, dtype)
 
 
 def cublas_wgrad(
@@ -53,7 +53,7 @@ def cublas_wgrad(
     accumulate: bool,
 ) -> None:
     """Dense only, with one more pass over the gradient: it cannot add to its output."""
-    product = _scaled_mm(dy_codes, dy_scales.t(), x_codes, x_scales.t(), "BlockWise1x128", torch.float32)
+    product = _scaled_mm(dy_codes, dy_scales.t(), x_codes, x_scales.t(), F.ScalingType.BlockWise1x128, torch.float32)
     if accumulate:
         grad.add_(product)
     else:
