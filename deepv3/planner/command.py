@@ -13,6 +13,7 @@ from deepv3.config.validate import validate
 from deepv3.errors import ConfigError, ResourceError
 from deepv3.planner.calibration import Calibration
 from deepv3.planner.campaign import MTBF_HOURS
+from deepv3.planner.compared import compare
 from deepv3.planner.measured import read_calibration
 from deepv3.planner.plan import Assumptions, document, make_plan
 from deepv3.planner.report import show, show_search
@@ -25,6 +26,7 @@ USAGE = """usage: python launch/plan.py +config=NAME cluster=NAME [key=value ...
   search=true                 try grids, schedules, recompute, precision; save=PATH.yaml takes the best
   calibration=PATH|NAME       rows measured here (docs/planner.md), or report | torchtitan
   phases=auto|none|[A,B]      presets that continue the run; auto: those named +config's name and more
+  measured=RUN_DIR            a run of this configuration, beside its plan
   price=2 mtbf_hours=50700    dollars per device hour; mean time between failures of one device
   experts=RUN_DIR ...         redundant experts from a run's loads (docs/redundant-experts.md)"""
 
@@ -38,6 +40,7 @@ class Arguments:
     search: bool = knob(False, "Search layouts.")
     save: str = knob("", "Where search writes the best layout as a parallel preset.")
     calibration: str = knob("report", "Built-in name or a file of measured rows.")
+    measured: str = knob("", "Run folder to hold the plan against.")
     phases: str = knob("auto", "Presets that continue the run.")
     price: float = knob(2.0, "Dollars per device hour.")
     mtbf_hours: float = knob(MTBF_HOURS, "Mean time between failures of one device, hours.")
@@ -67,6 +70,8 @@ def main(argv: list[str]) -> None:
     later = [_validated(_continued(name, cfg)) for name in names[1:]]
     plan = make_plan(cfg, later, cal, Assumptions(own.price, own.mtbf_hours), names)
     content = document(plan)
+    if own.measured:
+        content["measured"] = compare(plan, Path(own.measured))
     if own.json:
         print(json.dumps(content))
     else:

@@ -139,12 +139,24 @@ def _networks(d: dict[str, Any]) -> Table:
     return table
 
 
+def _measured(d: dict[str, Any]) -> list[str]:
+    if "measured" not in d:
+        return []
+    m, rate = d["measured"], d["tokens_per_second_per_gpu"]
+    memory = f"{m['memory_gib']:.1f} GiB ({m['memory_error']:+.1%})" if m["memory_gib"] else "no memory on this device"
+    return [
+        f"measured over {m['steps']} steps: {m['tokens_per_second_per_gpu']:,.0f} tokens/s per device, planned "
+        f"{rate:,.0f} ({m['throughput_error']:+.1%}); {memory}"
+    ]
+
+
 def _remarks(d: dict[str, Any]) -> list[str]:
     """Sentences below the tables."""
     run, fail = d["run"], d["run"]["failures"]
     largest = sorted(d["uncertainty"].items(), key=lambda item: -abs(item[1]))[:4]
     causes = ", ".join(f"{name} {change:+.1%}" for name, change in largest)
     return [
+        *_measured(d),
         f"made again in backward: {', '.join(d['memory']['recomputed'])}",
         *(f"note: {row['name']}: {note}" for row in run["phases"] for note in row["notes"]),
         *(f"note: {note}" for note in d["step"]["notes"]),
