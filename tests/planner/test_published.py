@@ -1,6 +1,9 @@
 """Rows that others published, within 15 %, none of them fitted but the one that says so."""
 
+from pathlib import Path
+
 import pytest
+from plans import v3_simulator
 from published import AUTOMODEL, FITTED, MEGATRON, MISSED, TORCHTITAN
 
 
@@ -23,3 +26,14 @@ def test_the_mean_error_of_the_unfitted_rows_is_small():
 def test_known_misses_are_on_the_fast_side(row):
     """docs/planner.md names them; a change that mends one should move it up."""
     assert 0.15 < row.error() < 0.70
+
+
+def test_the_page_shows_what_the_planner_says():
+    page = (Path(__file__).parents[2] / "docs" / "planner.md").read_text(encoding="utf-8").replace("*", "")
+    for row in (*MEGATRON, *MISSED, *AUTOMODEL):
+        error = row.error()
+        assert f"| {row.rate:,} | {row.rate * (1 + error):,.0f} | {100 * error:+.1f} % |" in page, row.name
+    for row in (FITTED, *TORCHTITAN):
+        assert f"| {row.rate * (1 + row.error()):,.0f} |" in page, row.name
+    step = v3_simulator().step()
+    assert f"| {step.seconds:.2f} s" in page and f"| {step.tokens_per_second_per_gpu:,.0f} (" in page

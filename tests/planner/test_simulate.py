@@ -1,14 +1,18 @@
 """A step's time: the report's figures, bounds, extrapolation, and what must never make a step slower."""
 
+import random
 import time
 from dataclasses import replace
 
 import pytest
-from plans import REPORT, faster, v3, v3_simulator
+from plans import REPORT, config, faster, v3, v3_simulator
 
 from deepv3.pipeline.actions import Pair
 from deepv3.planner import simulate
+from deepv3.planner.layout import Layout
+from deepv3.planner.memory import Memory
 from deepv3.planner.plan import limits
+from deepv3.planner.search import candidates, objection, text
 from deepv3.planner.simulate import Simulator
 
 # HW Table 4, MPFT column; 1,543 tokens/s per device is V3 1's 180 K GPU hours per trillion tokens
@@ -95,3 +99,23 @@ def test_sixteen_thousand_devices_cost_no_more_planning_than_two_thousand():
         taken.append(time.process_time() - start)
     assert taken[1] < 8 * taken[0], "no slower than linear in the number of devices"
     assert rates[1] == pytest.approx(rates[0], rel=0.02)
+
+
+def test_more_bandwidth_never_slows_any_of_many_plans():
+    """Random grids, schedules, formats and micro-batches of the 16 B model on 64 devices, each number doubled."""
+    base = Layout.of(config("+config=moe_16b", "cluster=h100", "train.global_batch_size=512", precision="bf16"))
+    possible = [layout for layout in candidates(base) if layout.pp <= 8 and not objection(layout, REPORT)]
+    for layout in random.sample(possible, 12):
+        before = Simulator(layout, REPORT).step().seconds
+        for number in ("nic", "nvlink", "hbm"):
+            better = replace(layout, cluster=replace(layout.cluster, device=faster("h100", number)))
+            assert Simulator(better, REPORT).step().seconds <= before * (1 + 1e-9), (text(layout), number)
+
+
+def test_memory_of_any_plan_grows_with_its_micro_batch():
+    base = Layout.of(config("+config=moe_16b", "cluster=h100", "train.global_batch_size=512", precision="bf16"))
+    possible = [layout for layout in candidates(base) if layout.micro < 8 and not objection(layout, REPORT)]
+    for layout in random.sample(possible, 40):
+        more = replace(layout, micro=2 * layout.micro, batch=2 * layout.batch)
+        totals = [[rank.total for rank in Memory(one, REPORT).ranks()] for one in (layout, more)]
+        assert all(a < b for a, b in zip(*totals)), text(layout)
