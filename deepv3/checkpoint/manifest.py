@@ -14,9 +14,9 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from deepv3.errors import CheckpointError
 
@@ -24,8 +24,9 @@ NAME = "manifest.json"
 FORMAT = "deepv3-checkpoint"
 VERSION = 1
 STATE = ("master", "exp_avg", "exp_avg_sq")
-SHARD = re.compile(r"rank-\d{5}\.safetensors")
+SHARD = re.compile(r"rank-\d{5,}\.safetensors")
 STEP = re.compile(r"step-(\d{8,})")
+LEAST_BYTES = 8  # of an element of a parameter: an FP32 master and two BF16 moments
 
 
 @dataclass
@@ -91,10 +92,9 @@ def read(folder: Path) -> Manifest:
     if not isinstance(content, dict) or outer.get("sha256") != _digest(content):
         raise CheckpointError(f"{path}: content does not match its SHA-256; the file was damaged or edited")
     try:
-        content["shards"] = [Shard(**shard) for shard in content["shards"]]
-        manifest = Manifest(**content)
+        manifest = _typed(content, Manifest, "content")
         _check(manifest)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: does not follow the format: {error}") from None
     return manifest
 
@@ -116,11 +116,46 @@ def missing_slices(manifest: Manifest) -> Iterable[str]:
             yield f"{name}: slices end at element {at}, the tensor has {math.prod(shape)}"
 
 
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """A JSON value as what a type hint says, through dataclasses, lists, dictionaries and tuples. Raises ValueError."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        if not isinstance(value, dict) or value.keys() != hints.keys():
+            raise ValueError(f"{where} does not have the fields {', '.join(hints)}")
+        return kind(**{name: _typed(value[name], hints[name], f"{where}.{name}") for name in hints})  # type: ignore
+    if kind is Any:
+        return value
+    if kind is tuple and isinstance(value, list) and len(value) == len(inner):
+        return tuple(_typed(item, one, where) for item, one in zip(value, inner))
+    if kind is list and isinstance(value, list):
+        return [_typed(item, inner[0], f"{where}[{i}]") for i, item in enumerate(value)]
+    if kind is dict and isinstance(value, dict):
+        return {name: _typed(item, inner[1], f"{where}.{name}") for name, item in value.items()}
+    if kind in (tuple, list, dict) or type(value) is not kind:
+        raise ValueError(f"{where} is {type(value).__name__}, not {getattr(kind, '__name__', kind)}")
+    return value
+
+
 def _check(manifest: Manifest) -> None:
-    """Names stay inside the folder and every parameter is whole. Raises ValueError."""
+    """Names stay inside the folder, every parameter is whole, and no shard promises more than it holds. Raises
+    ValueError."""
+    if manifest.step < 0 or manifest.kinds[: len(STATE)] != list(STATE) or len(set(manifest.kinds)) > len(STATE) + 1:
+        raise ValueError(f"step {manifest.step} with kinds {manifest.kinds}")
+    if manifest.grid.keys() != {"world_size", "pp_size", "ep_size"} or min(manifest.grid.values()) < 1:
+        raise ValueError(f"grid {manifest.grid}")
+    if manifest.counters.keys() != {"applied_steps", "skipped_steps"} or not manifest.clients:
+        raise ValueError(f"counters {manifest.counters}, {len(manifest.clients)} clients")
     for shard in manifest.shards:
         if not SHARD.fullmatch(shard.name):
             raise ValueError(f"{shard.name!r} is no shard's name")
+        elements = sum(end - first for _, first, end in shard.slices)
+        if any(not 0 <= first < end for _, first, end in shard.slices) or elements * LEAST_BYTES > shard.size:
+            raise ValueError(f"{shard.name} of {shard.size} bytes cannot hold its {elements} elements")
+    if any(name not in manifest.shapes for shard in manifest.shards for name, *_ in shard.slices):
+        raise ValueError("a slice of a parameter without a shape")
+    if any(size < 0 for shape in manifest.shapes.values() for size in shape):
+        raise ValueError("a shape with a negative size")
     for problem in missing_slices(manifest):
         raise ValueError(problem)
 

@@ -148,7 +148,7 @@ def from_yaml(path: str | Path) -> Config:
     """A config written by ``to_yaml``. Raises ConfigError where the file is missing, damaged or of another schema."""
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: cannot be read as a config: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {type(values).__name__}, not a config")

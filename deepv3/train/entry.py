@@ -21,7 +21,12 @@ def pretrain(cfg: Config, started: float, finish: Callable) -> None:
 
     started: wall clock, seconds, of the process's first line, for the start-to-first-step figure.
     """
-    run = Run(cfg, started)
+    try:
+        run = Run(cfg, started)
+    except Exception as error:
+        if is_lost_connection(error):
+            raise PeerLost("a rank died while the ranks were joining; start again") from error
+        raise
     try:
         pictures = _train(run)
     except BaseException as error:

@@ -21,7 +21,7 @@ from deepv3.config.schema import Config
 from deepv3.config.validate import validate
 from deepv3.data.loader import build_data
 from deepv3.dist import Grid, init_distributed
-from deepv3.errors import Stopped
+from deepv3.errors import CheckpointError, Stopped
 from deepv3.optim.ema import WeightAverage
 from deepv3.optim.engine import build_engine
 from deepv3.pipeline.build import Placement, build_pipeline
@@ -106,9 +106,12 @@ class Run:
             return None
         client = store.load(path, self.engine, self.model, self.ema, self.grid)
         if path.resolve().is_relative_to(self.dir.resolve()):
-            self.at = Progress(**client["progress"])
-            self.data.train.load_state_dict(client["data"])
-            self.guards.spikes.load_state_dict(client.get("spikes", {}))
+            try:
+                self.at = Progress(**client["progress"])
+                self.data.train.load_state_dict(client["data"])
+                self.guards.spikes.load_state_dict(client.get("spikes", {}))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{path}: the loop's own state does not follow the format: {error!r}") from None
         return path
 
     def announce(self) -> None:

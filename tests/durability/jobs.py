@@ -9,6 +9,7 @@ composing the config in every rank, and drawing pictures.
     codes = job.wait()
 """
 
+import faulthandler
 import json
 import multiprocessing as mp
 import os
@@ -59,16 +60,23 @@ class Job:
                 os.kill(process.pid, number)
 
     def wait(self, seconds: float = 60.0) -> list[int]:
-        """Exit codes by rank. Fails, after killing what is left, where a rank does not end in time."""
-        deadline = time.monotonic() + seconds
-        for process in self.ranks:
-            process.join(max(0.0, deadline - time.monotonic()))
-        hung = [rank for rank, process in enumerate(self.ranks) if process.exitcode is None]
+        """Exit codes by rank. Fails, with every rank's stacks, where one does not end in time."""
+        hung = self.join(seconds)
+        if hung:
+            self.kill(number=signal.SIGUSR2)
+            time.sleep(1.0)
         self.kill()
         for process in self.ranks:
             process.join()
         assert not hung, f"ranks {hung} did not end within {seconds} s:\n{self.output()}"
         return [process.exitcode for process in self.ranks]
+
+    def join(self, seconds: float) -> list[int]:
+        """Wait for all ranks to end by themselves; those that have not after `seconds`."""
+        deadline = time.monotonic() + seconds
+        for process in self.ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [rank for rank, process in enumerate(self.ranks) if process.exitcode is None]
 
     def output(self) -> str:
         """What the ranks wrote to stdout and stderr."""
@@ -121,6 +129,7 @@ def _rank(environment: dict, cfg: Config, fault: str, out: Path) -> None:
     descriptor = os.open(out, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    faulthandler.register(signal.SIGUSR2, file=descriptor)
     import injected
 
     from deepv3.train import report
