@@ -131,7 +131,7 @@ class Memory:
         for _, spec in layout.held(rank):
             layers = len(spec.layers) + spec.mtp
             not_fp8 += (spec.embedding + spec.head) * m.vocab_size * m.hidden_size
-            not_fp8 += layers * m.n_routed_experts * m.hidden_size
+            not_fp8 += layers * m.n_routed_experts * m.hidden_size + spec.mtp * 2 * m.hidden_size**2
         whole = sum(sum(layout.stage_parameters(spec)) for _, spec in layout.held(rank))
         return 2.0 * max(0, whole - not_fp8)
 

@@ -8,8 +8,9 @@ A piece is a sum of kernels by class:
 A grouped GEMM is never faster than its memory traffic: expert weights are read once per pass, and the weight gradient
 reads and writes 8 bytes per element, which with few rows per expert is the larger part. Rows per expert are padded by
 64 on average (128-row tiles). Backward of attention does 2.6 x the forward's FLOPs at V3's head sizes: five products
-of which one repeats. FP8 holds for the projections of attention and feed-forwards; router and head stay BF16
-(V3 3.3.1), and in FP8 so do projections too narrow to gain, where N K / (N + K) is below 460.
+of which one repeats. In FP8 the projections of attention and of feed-forwards multiply in FP8; router, head and eh_proj
+stay BF16 (V3 3.3.1, deepv3/precision/recipe.py). A pass over a layer lasts no less than launching its kernels does,
+which is what a small model waits for.
 """
 
 from collections.abc import Iterable
@@ -38,7 +39,6 @@ def added(parts: Iterable[Seconds]) -> Seconds:
     return sum(parts, Seconds())
 
 
-BREAK_EVEN = 460.0  # N K / (N + K) from which FP8's GEMM repays its quantisation
 PADDING = 64  # rows, mean per expert
 FORWARD_KERNELS, BACKWARD_KERNELS = 45, 90  # launches of a layer and pass, about what the published trace shows
 
@@ -95,10 +95,10 @@ class Workload:
         """Memory-bound kernels."""
         return Seconds({"memory": self.tokens * per_token * traffic / self.bandwidth})
 
-    def dense(self, inputs: int, outputs: int, kind: str = "forward", narrow: bool = True) -> Seconds:
-        """One GEMM of all tokens. kind: forward | input | weight. narrow: whether FP8 is worth it at all."""
+    def dense(self, inputs: int, outputs: int, kind: str = "forward", fp8: bool = True) -> Seconds:
+        """One GEMM of all tokens. kind: forward | input | weight. fp8: whether FP8 is its format."""
         flops, cal = 2.0 * self.tokens * inputs * outputs, self.cal
-        if self.precision == "fp8" and narrow and inputs * outputs / (inputs + outputs) > BREAK_EVEN:
+        if self.precision == "fp8" and fp8:
             fraction = cal.fp8_dense_wgrad if kind == "weight" else cal.fp8_dense
             return Seconds({"gemm_fp8": flops / (self.device.fp8 * self.share * fraction.value)})
         fraction = cal.bf16_dense_wgrad if kind == "weight" else cal.bf16_dense
@@ -225,7 +225,7 @@ class Workload:
             inputs += self.dense(2 * shared_inner, d, "input") + self.dense(d, shared_inner, "input")
             weight += self.dense(d, 2 * shared_inner, "weight") + self.dense(shared_inner, d, "weight")
         inputs += self.memory(self._experts_bytes(True), traffic)
-        router = self.dense(d, m.n_routed_experts, narrow=False)
+        router = self.dense(d, m.n_routed_experts, fp8=False)
         return forward + router, inputs + router, weight + router, shared.total()
 
     def head(self) -> Seconds:
@@ -237,4 +237,8 @@ class Workload:
     def joint(self) -> tuple[Seconds, Seconds, Seconds]:
         """eh_proj of one MTP module, [2d -> d]: forward, input gradient, weight gradient."""
         d = self.m.hidden_size
-        return self.dense(2 * d, d), self.dense(d, 2 * d, "input"), self.dense(2 * d, d, "weight")
+        return (
+            self.dense(2 * d, d, "forward", False),
+            self.dense(d, 2 * d, "input", False),
+            self.dense(2 * d, d, "weight", False),
+        )

@@ -49,7 +49,7 @@ MISSED = (
     Row("B200 MXFP8, 26.02, PP16 EP8", on("b200", 256, pp=16, ep=8, batch=4096), 2689),
     Row("B300 MXFP8, 26.02, PP16 EP8", on("b300", 256, pp=16, ep=8, batch=4096), 2983),
 )
-"""Out of reach: planned 25 % to 60 % faster. Two releases of the same software lie 26 % apart on one of them."""
+"""Out of reach: planned 24 % to 59 % faster. Two releases of the same software lie 26 % apart on one of them."""
 
 _MOONLIGHT = {"m": model("moe_16b"), "pp": 1, "ep": 8, "precision": "bf16", "recompute": "none"}
 _MINI = {"m": model("mini"), "pp": 1, "precision": "bf16", "recompute": "none", "micro": 2}
