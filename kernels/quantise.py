@@ -26,6 +26,7 @@ from deepv3.kernels.checks import ACTIVATIONS, check, check_rows8, check_width
 from deepv3.kernels.reference.quantise import BLOCK, E4M3, block_scales, round_up, row_scales
 
 ROWS = 32  # of a program that quantises by rows
+TWO_PROGRAMS = 128  # registers a lane, with which two programs of 8 warps share a processor: one loads, one computes
 
 
 @triton.jit
@@ -168,7 +169,7 @@ def _launch_columns(x: Tensor, rows: tuple[Tensor, Tensor] | None, columns: tupl
             POW2=pow2,
             COLS=cols,
             num_warps=8 if rows else 4,
-            maxnreg=128,
+            maxnreg=TWO_PROGRAMS,
         )
 
 
@@ -209,6 +210,7 @@ def quantise_blocks(w: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, Tens
             scales_t.stride(-2),
             POW2=pow2,
             num_warps=8,
+            maxnreg=TWO_PROGRAMS,
         )
     return codes, scales, codes_t, scales_t
 

@@ -1,6 +1,6 @@
 """SwiGLU with FP8 at its ends: Triton kernels; formulas in `reference.swiglu8`, gradients in `activation`.
 
-- forward: tiles of 32 rows x 128 outputs, that is a block of the output, of the gates and of the ups: three quantised
+- forward: tiles of 16 rows x 128 outputs, that is a block of the output, of the gates and of the ups: three quantised
   blocks from one read.
 - backward, rows: programs of 16 rows walk along the outputs, 128 at a time; dh in rows, and the gate's gradient in
   registers until the row's end.
@@ -17,10 +17,10 @@ from torch import Tensor
 from deepv3.kernels.activation import check_gated, swiglu_gradient, swiglu_output
 from deepv3.kernels.casts import from_e4m3, store_columns, store_rows, turned_rows
 from deepv3.kernels.checks import ACTIVATIONS, E4M3, FP32, check, check_rows8
-from deepv3.kernels.quantise import empty_columns, empty_rows
+from deepv3.kernels.quantise import TWO_PROGRAMS, empty_columns, empty_rows
 from deepv3.kernels.reference.quantise import BLOCK
 
-FORWARD_ROWS, BACKWARD_ROWS, COLUMNS = 32, 16, 64
+FORWARD_ROWS, BACKWARD_ROWS, COLUMNS = 16, 16, 64
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def swiglu_fp8_backward(
             POW2=pow2,
             COLS=COLUMNS,
             num_warps=8,
-            maxnreg=128,
+            maxnreg=TWO_PROGRAMS,
         )
     return *rows, *columns, *y, dweight
 
