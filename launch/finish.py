@@ -17,7 +17,7 @@ from deepv3.export.verify import verify
 from deepv3.generate.sample import generate
 from deepv3.model.transformer import Transformer
 
-EXPORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+EXPORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
 
 
 class Ledger:

@@ -11,7 +11,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.moment_dtype": ("bfloat16", "float32"),
     "data.bad_documents": ("skip", "stop"),
     "parallel.schedule": ("1f1b", "zb1p", "dualpipe", "dualpipev"),
-    "precision.name": ("fp32", "bf16"),
+    "precision.name": ("fp32", "bf16", "fp8"),
+    "precision.recipe": ("v3", "block_gradients"),
     "train.recompute": ("none", "selective", "full"),
     "train.spike": ("off", "warn", "rewind"),
     "train.finish": ("sample", "export", "verify"),  # each entry of the list
@@ -31,7 +32,7 @@ ZERO_ALLOWED = frozenset({
     "train.tokens",
     "train.eval_every", "checkpoint.every", "checkpoint.keep_every",
     "train.hang_seconds", "logging.straggler_ratio", "logging.plot_every", "cluster.peak_tflops",
-    "cluster.devices", *FRACTIONS, *BELOW_ONE,
+    "cluster.devices", "precision.break_even", *FRACTIONS, *BELOW_ONE,
 })  # fmt: skip
 
 

@@ -173,7 +173,11 @@ class ParallelConfig:
 class PrecisionConfig:
     """Number formats of parameters and GEMMs; master weights and gradients are FP32 throughout (V3 3.3)."""
 
-    name: str = knob("bf16", "fp32 | bf16: format of parameters, activations and GEMM operands.")
+    name: str = knob("bf16", "fp32 | bf16 | fp8: operands of GEMMs; fp8 has BF16 parameters and activations (V3 3.3).")
+    recipe: str = knob("v3", "v3 | block_gradients: formats of fp8; the second is the mistake of V3 B.2, for tests.")
+    break_even: float = knob(
+        0.0, "fp8: key-value projections with in x out / (in + out) below this stay BF16; 0: none (V3)."
+    )
 
 
 @dataclass

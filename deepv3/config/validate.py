@@ -12,6 +12,7 @@ from deepv3.config.ranges import range_problems
 from deepv3.config.schema import BatchRamp, Config, ModelConfig, RopeScaling, Segment
 from deepv3.errors import ConfigError
 
+FP8_UNIT = 16  # elements of one byte; what the kernels load at once
 FORMATS = ("auto", "text", "parquet", "jsonl", "arrow", "hub")  # of one source of documents
 
 
@@ -23,6 +24,7 @@ def validate(cfg: Config, world_size: int, training: bool = True) -> None:
     problems = list(range_problems(cfg))
     if not problems:
         problems += [*_model(cfg.model), *_rope(cfg), *_curves(cfg), *_grid(cfg, world_size), *_train(cfg)]
+        problems += [*_precision(cfg)]
         problems += [*_data(cfg), *_resume(cfg), *_profile(cfg)] if training else []
     if problems:
         raise ConfigError("\n".join(problems))
@@ -80,6 +82,29 @@ def _model(m: ModelConfig) -> Iterator[str]:
             f"(model.topk_group = {m.topk_group} groups x {experts // group} experts); set "
             f"model.num_experts_per_tok={capacity} or less, or raise model.topk_group or model.n_routed_experts"
         )
+
+
+def _precision(cfg: Config) -> Iterator[str]:
+    """FP8 rows begin at multiples of 16 bytes; a last block of fewer than 128 is filled with zeros."""
+    if cfg.precision.name != "fp8":
+        return
+    m = cfg.model
+    widths = {name: getattr(m, name) for name in ("hidden_size", "kv_lora_rank", "moe_intermediate_size")}
+    if m.q_lora_rank is not None:
+        widths["q_lora_rank"] = m.q_lora_rank
+    if m.first_k_dense_replace:
+        widths["intermediate_size"] = m.intermediate_size
+    sums = {
+        "num_attention_heads x (qk_nope_head_dim + qk_rope_head_dim)": m.qk_nope_head_dim + m.qk_rope_head_dim,
+        "num_attention_heads x (qk_nope_head_dim + v_head_dim)": m.qk_nope_head_dim + m.v_head_dim,
+        "num_attention_heads x v_head_dim": m.v_head_dim,
+    }
+    widths |= {name: m.num_attention_heads * width for name, width in sums.items()}
+    widths["kv_lora_rank + qk_rope_head_dim"] = m.kv_lora_rank + m.qk_rope_head_dim
+    for name, width in widths.items():
+        if width % FP8_UNIT:
+            fix = f"take a multiple of {FP8_UNIT}, or precision=bf16"
+            yield _indivisible(f"model.{name}", width, "the unit of FP8 rows", FP8_UNIT, fix)
 
 
 def _rope(cfg: Config) -> Iterator[str]:

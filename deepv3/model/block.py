@@ -32,7 +32,8 @@ class Block(nn.Module):
     """Layer `index`: dense below first_k_dense_replace, mixture of experts from there on.
 
     recompute: what backward computes again. "none": expert rows and SwiGLU outputs only. "selective": norm outputs and
-    MLA up-projections too (V3 3.2.3). "full": everything but the block's input. Gradients are the same, bit for bit.
+    MLA up-projections too (V3 3.2.3). "full": everything but the block's input. Gradients are the same, bit for bit; in
+    FP8 those of "full" differ a little, because it keeps no attention output and so rounds none to 12 bits.
     """
 
     def __init__(
@@ -47,14 +48,17 @@ class Block(nn.Module):
         self.full = recompute == "full"
         remake = recompute == "selective"
         d, eps = cfg.hidden_size, cfg.rms_norm_eps
-        self.input_layernorm = RMSNorm(d, eps, remake, place)
-        self.self_attn = MLA(cfg, remake, place)
-        self.post_attention_layernorm = RMSNorm(d, eps, remake, place)
+        dense = index < cfg.first_k_dense_replace
+        query = "q_proj" if cfg.q_lora_rank is None else "q_a_proj"
+        self.input_layernorm = RMSNorm(d, eps, remake, place, feeds=(query, "kv_a_proj_with_mqa"))
+        self.self_attn = MLA(cfg, remake, place, packs=not self.full)
+        feeds = ("gate_up_proj",) if dense else ("gate", "gate_up_proj")
+        self.post_attention_layernorm = RMSNorm(d, eps, remake, place, feeds=feeds)
         self.mlp: MoE | MLP
-        if index < cfg.first_k_dense_replace:
+        if dense:
             self.mlp = MLP(d, cfg.intermediate_size, place)
         else:
-            self.mlp = MoE(cfg, dispatcher or LocalDispatch(keep_rows=self.full), place)
+            self.mlp = MoE(cfg, dispatcher or LocalDispatch(self.full, place.recipe), place)
 
     def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Routing | None]:
         """x: [T, D]. Returns the new x and the layer's routing (None for a dense layer)."""

@@ -12,7 +12,9 @@ from torch import Tensor
 
 import deepv3.kernels as kernels
 from deepv3.model.router import Routing
-from deepv3.precision.saved import Operand, Remade
+from deepv3.precision.formats import BF16, Columns, Rows, placeholder, rows_of, turned
+from deepv3.precision.recipe import COMBINE_GRADIENT, EXPERT_INPUT, Recipe
+from deepv3.precision.saved import Operand, Passed, Remade, Stored, used_here
 
 
 class Dispatched(NamedTuple):
@@ -23,6 +25,7 @@ class Dispatched(NamedTuple):
     offsets: Tensor  # [G] int32, cumulative row ends of the experts held here
     routing: Routing  # tables and offsets of the experts held here; indices, weights, counts and balance as they came
     journey: tuple[Any, ...] = ()  # the exchanges between ranks that brought the rows
+    passed: Passed | None = None  # where the gradient of the experts' rows arrives in FP8
 
 
 @dataclass
@@ -47,12 +50,18 @@ class LocalDispatch:
     """All experts in this process; every (token, choice) pair becomes a row, so R = T K and none is dropped (V3 2.1.2).
 
     The rows are made again in backward from the tokens, K times smaller; `keep_rows` keeps them, for use under
-    activation checkpointing, which holds nothing but the block's input anyway.
+    activation checkpointing, which holds nothing but the block's input anyway. With a recipe the rows are FP8, copied
+    from codes made once per token, and so is the gradient of their sum (V3 3.3.3); the sum itself is not.
     """
 
-    def __init__(self, keep_rows: bool = False) -> None:
-        self.keep_rows = keep_rows
+    def __init__(self, keep_rows: bool = False, recipe: Recipe | None = None) -> None:
+        self.keep_rows, self.recipe = keep_rows, recipe
         self.load = Load()
+
+    @property
+    def align(self) -> int:
+        """An expert's rows are filled up to a multiple of this."""
+        return 1 if self.recipe is None else self.recipe.align
 
     @property
     def peak_rows(self) -> int:
@@ -75,53 +84,96 @@ class LocalDispatch:
 
     def _sort(self, u: Operand, weights: Tensor, routing: Routing) -> Dispatched:
         """Rows of u [N, D] and their weights [N, K] in the order of the routing's tables; slot -1 is no row."""
-        rows, gates = _Permute.apply(u.value, weights, routing.slot_of_token, routing.token_of_slot)
-        again = None
-        if not self.keep_rows:
+        fp8 = self.recipe is not None
+        rows, gates = _Permute.apply(u.value, weights, routing.slot_of_token, routing.token_of_slot, fp8)
+        sort = self._sorted if self.recipe is None else self._sorted8
+        return Dispatched(sort(rows, u, routing.token_of_slot), gates, routing.offsets, routing, passed=self._passed())
 
-            def sorted_again(tokens: Tensor) -> Tensor:
-                if tokens.is_cuda:  # they may have arrived on another stream, whose next tensors must not lie on them
-                    tokens.record_stream(torch.cuda.current_stream())
-                return kernels.permute(tokens, routing.token_of_slot)
+    def _sorted(self, rows: Tensor, u: Operand, token_of_slot: Tensor) -> Operand:
+        """The sorted rows, and how backward gets them."""
 
-            again = Remade(sorted_again, u.source())
-        return Dispatched(Operand(rows, again), gates, routing.offsets, routing)
+        def sorted_again(tokens: Tensor) -> Tensor:
+            used_here(tokens)  # they may have arrived on another stream, whose next tensors must not lie on them
+            return kernels.permute(tokens, token_of_slot)
+
+        return Operand(rows, None if self.keep_rows else Remade(sorted_again, u.source()))
+
+    def _sorted8(self, handle: Tensor, u: Operand, token_of_slot: Tensor) -> Operand:
+        """The sorted rows' codes, and how backward gets them by columns. handle: what autograd knows of the rows."""
+        assert self.recipe is not None
+        codes, format = self._rows8(u), self.recipe[EXPERT_INPUT]
+        assert codes is not None
+        rows = Rows(*kernels.permute_fp8(*codes, token_of_slot))
+
+        def sorted_again(tokens: Rows) -> Columns:
+            used_here(tokens)
+            return turned(*tokens, token_of_slot)
+
+        columns = (
+            Stored(turned, tuple(rows))
+            if self.keep_rows
+            else Remade(sorted_again, u._replace(rows=codes).rows_source(format))
+        )
+        return Operand(handle, rows=rows, columns=columns)
+
+    def _rows8(self, u: Operand) -> Rows | None:
+        """u's codes, where tokens travel as such."""
+        return None if self.recipe is None else u.rows or rows_of(u.value, self.recipe[EXPERT_INPUT])
+
+    def _passed(self) -> Passed | None:
+        """A new way for the gradient of one dispatch's rows, where it is FP8."""
+        if self.recipe is None or self.recipe[COMBINE_GRADIENT] == BF16:
+            return None
+        return Passed(self.recipe[COMBINE_GRADIENT])
 
     def combine(self, rows: Tensor, dispatched: Dispatched, base: Tensor) -> Tensor:
         """base [T, D] plus the sum of every token's K rows, unweighted: gates are inside the rows already."""
-        return self._sum(rows, dispatched.routing, base)
+        return self._sum(rows, dispatched, base)
 
-    def _sum(self, rows: Tensor, routing: Routing, base: Tensor | None) -> Tensor:
+    def _sum(self, rows: Tensor, dispatched: Dispatched, base: Tensor | None) -> Tensor:
         """The rows of the routing's tables summed per token, onto `base` where there is one."""
-        return _Unpermute.apply(rows, base, routing.slot_of_token, routing.token_of_slot)
+        routing = dispatched.routing
+        return _Unpermute.apply(rows, base, routing.slot_of_token, routing.token_of_slot, dispatched.passed)
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, weights: Tensor, slot_of_token: Tensor, token_of_slot: Tensor
+        ctx: Any, u: Tensor, weights: Tensor, slot_of_token: Tensor, token_of_slot: Tensor, fp8: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(slot_of_token)
         slots, n_rows = slot_of_token.flatten().long(), token_of_slot.shape[0]
         gates = weights.new_zeros(n_rows + 1)  # the last is where choices without a row go
         gates.scatter_(0, torch.where(slots < 0, n_rows, slots), weights.flatten())
-        return kernels.permute(u, token_of_slot), gates[:n_rows]
+        rows = placeholder(u, n_rows, u.shape[1]) if fp8 else kernels.permute(u, token_of_slot)
+        return rows, gates[:n_rows]
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor, dgates: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (slot_of_token,) = ctx.saved_tensors
         dweights = torch.cat([dgates, dgates.new_zeros(1)])[slot_of_token.long()]  # -1 finds the zero
-        return kernels.unpermute(drows.contiguous(), slot_of_token), dweights, None, None
+        return kernels.unpermute(drows.contiguous(), slot_of_token), dweights, None, None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, base: Tensor | None, slot_of_token: Tensor, token_of_slot: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        base: Tensor | None,
+        slot_of_token: Tensor,
+        token_of_slot: Tensor,
+        passed: Passed | None,
+    ) -> Tensor:
         ctx.save_for_backward(token_of_slot)
+        ctx.passed = passed
         return kernels.unpermute(rows, slot_of_token, base)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (token_of_slot,) = ctx.saved_tensors
         dbase = dy if ctx.needs_input_grad[1] else None
-        return kernels.permute(dy.contiguous(), token_of_slot), dbase, None, None
+        if ctx.passed is None:
+            return kernels.permute(dy.contiguous(), token_of_slot), dbase, None, None, None
+        ctx.passed.put(Rows(*kernels.permute_fp8(*ctx.passed.take(dy), token_of_slot)))
+        return placeholder(dy, token_of_slot.shape[0], dy.shape[1]), dbase, None, None, None

@@ -11,8 +11,10 @@ Method, for P ranks that hold E / P experts each:
    its base in ascending order of ranks.
 
 Nothing is dropped and nothing has a capacity (V3 2.1.2): buffers are as large as the counts say, at worst the tokens of
-all ranks on one (`arithmetic.exchange`). Gradients take the same ways in the other direction. Given up: the host's
-wait, and one rounding to the model's format per (token, rank) on the way home that one process does not have.
+all ranks on one (`arithmetic.buffer_bytes`). Gradients take the same ways in the other direction. With an FP8 recipe
+tokens travel as codes with power-of-two scales, and so does in backward the gradient of the experts' sums; sums and the
+tokens' gradients travel in the model's format (V3 3.3.3). Given up: the host's wait, and one rounding to the model's
+format per (token, rank) on the way home that one process does not have.
 """
 
 from typing import Any, NamedTuple
@@ -24,9 +26,12 @@ from torch import Tensor
 
 import deepv3.kernels as kernels
 from deepv3.errors import ConfigError
+from deepv3.kernels.reference.quantise import row_scales
 from deepv3.model.dispatch import Dispatched, LocalDispatch
 from deepv3.model.router import Routing
-from deepv3.precision.saved import Operand
+from deepv3.precision.formats import Rows, placeholder
+from deepv3.precision.recipe import Recipe
+from deepv3.precision.saved import Operand, Passed
 
 
 class Route(NamedTuple):
@@ -39,6 +44,12 @@ class Route(NamedTuple):
     def forth(self, rows: Tensor) -> Tensor:
         """[sum(sent), D] -> [sum(received), D], ordered by source."""
         return self._exchange(rows, self.sent, self.received)
+
+    def forth8(self, rows: Rows) -> Rows:
+        """The same for codes and their scales; a message each, the codes as bytes."""
+        codes = self.forth(rows.codes.view(torch.uint8)).view(rows.codes.dtype)
+        scales = row_scales(*codes.shape, codes.device)
+        return Rows(codes, scales.copy_(self.forth(rows.scales.contiguous())))
 
     def back(self, rows: Tensor) -> Tensor:
         """[sum(received), D] -> [sum(sent), D]: every row returns to the place it left from."""
@@ -102,8 +113,10 @@ class AllToAllDispatch(LocalDispatch):
     Raises ConfigError where the ranks do not divide the experts.
     """
 
-    def __init__(self, group: dist.ProcessGroup, n_routed_experts: int, keep_rows: bool = False) -> None:
-        super().__init__(keep_rows)
+    def __init__(
+        self, group: dist.ProcessGroup, n_routed_experts: int, keep_rows: bool = False, recipe: Recipe | None = None
+    ) -> None:
+        super().__init__(keep_rows, recipe)
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         if n_routed_experts % self.size:
             raise ConfigError(
@@ -119,32 +132,31 @@ class AllToAllDispatch(LocalDispatch):
 
     def dispatch(self, u: Operand, routing: Routing) -> Dispatched:
         """u: [T, D]; T may differ between ranks."""
-        value, weights, indices = u.value, routing.weights, routing.indices
+        value, weights, indices, rows = u.value, routing.weights, routing.indices, self._rows8(u)
         tables = self.legs[0].tables(indices)
         plan = self._plan(self._gather(self._figures(routing, tables[2])))
         journey: list[Trip] = []
         for leg, route in zip(self.legs, plan.routes):
             slot_of_item, item_of_slot, _ = leg.tables(indices) if journey else tables
             journey.append(Trip(slot_of_item, item_of_slot[: sum(route.sent)], route))
-            value, weights, indices = _Forth.apply(value, weights, indices, *journey[-1])
+            value, weights, indices, rows = _Forth.apply(value, weights, indices, *journey[-1], rows)
         self.load.note(plan.rows, value.shape[0], plan.crossed)
-        return self._sort(Operand(value), weights, self._tables(routing, indices, plan.rows))._replace(
-            journey=tuple(journey)
-        )
+        tables_here = self._tables(routing, indices, plan.rows)
+        return self._sort(Operand(value, rows=rows), weights, tables_here)._replace(journey=tuple(journey))
 
     def combine(self, rows: Tensor, dispatched: Dispatched, base: Tensor) -> Tensor:
-        total = self._sum(rows, dispatched.routing, None)
+        total = self._sum(rows, dispatched, None)
         first, *others = dispatched.journey
         for trip in reversed(others):
-            total = _Back.apply(total, None, *trip)
-        return _Back.apply(total, base, *first)
+            total = _Back.apply(total, None, *trip, dispatched.passed)
+        return _Back.apply(total, base, *first, dispatched.passed)
 
     def _tables(self, routing: Routing, indices: Tensor, rows: int) -> Routing:
         """The routing with tables of the experts held here, for items with choices `indices`."""
         held = self.held(self.n_routed_experts)
         elsewhere = (indices < held.start) | (indices >= held.stop)
         here = (indices - held.start).masked_fill(elsewhere, -1)
-        slot_of_item, item_of_slot, offsets, _ = kernels.routing_tables(here, self.share)
+        slot_of_item, item_of_slot, offsets, _ = kernels.routing_tables(here, self.share, self.align)
         return routing._replace(slot_of_token=slot_of_item, token_of_slot=item_of_slot[:rows], offsets=offsets)
 
     # -- counts: device -> host ----------------------------------------------------------------------------------------
@@ -165,9 +177,11 @@ class AllToAllDispatch(LocalDispatch):
         return Plan([route], self._rows(experts))
 
     def _rows(self, experts: np.ndarray) -> int:
-        """Rows of the experts held here; experts: [size, E], of every rank's tokens."""
+        """Rows of the experts held here, each expert's filled up to `align`; experts: [size, E], of every rank's
+        tokens."""
         held = self.held(self.n_routed_experts)
-        return int(experts[:, held.start : held.stop].sum())
+        rows = experts[:, held.start : held.stop].sum(axis=0)
+        return int((-(-rows // self.align) * self.align).sum())
 
 
 class _Forth(torch.autograd.Function):
@@ -175,25 +189,37 @@ class _Forth(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gates: Tensor, indices: Tensor, slot_of_item: Tensor, item_of_slot: Tensor, route: Route
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any,
+        x: Tensor,
+        gates: Tensor,
+        indices: Tensor,
+        slot_of_item: Tensor,
+        item_of_slot: Tensor,
+        route: Route,
+        rows: Rows | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Rows | None]:
+        """rows: x in FP8, which travels instead of it; x is autograd's handle then."""
         ctx.save_for_backward(slot_of_item)
         ctx.route = route
-        rows = route.forth(kernels.permute(x, item_of_slot))
+        if rows is None:
+            came = route.forth(kernels.permute(x, item_of_slot))
+        else:
+            rows = route.forth8(Rows(*kernels.permute_fp8(*rows, item_of_slot)))
+            came = placeholder(x, *rows.codes.shape)
         # Gates and choices share a message: FP32 is one int32 wide, FP64 two.
         labels = torch.cat([gates.view(torch.int32), indices], dim=1)
         labels = route.forth(labels.index_select(0, item_of_slot))
         top_k = indices.shape[1]
         indices = labels[:, -top_k:].contiguous()
         ctx.mark_non_differentiable(indices)
-        return rows, labels[:, :-top_k].contiguous().view(gates.dtype), indices
+        return came, labels[:, :-top_k].contiguous().view(gates.dtype), indices, rows
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor, dgates: Tensor, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dx: Tensor, dgates: Tensor, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (slot_of_item,) = ctx.saved_tensors
         dx, dgates = (ctx.route.back(gradient.contiguous()) for gradient in (dx, dgates))
         dx, dgates = (kernels.unpermute(gradient, slot_of_item) for gradient in (dx, dgates))
-        return dx, dgates, None, None, None, None
+        return dx, dgates, None, None, None, None, None
 
 
 class _Back(torch.autograd.Function):
@@ -201,14 +227,24 @@ class _Back(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, base: Tensor | None, slot_of_item: Tensor, item_of_slot: Tensor, route: Route
+        ctx: Any,
+        rows: Tensor,
+        base: Tensor | None,
+        slot_of_item: Tensor,
+        item_of_slot: Tensor,
+        route: Route,
+        passed: Passed | None,
     ) -> Tensor:
         ctx.save_for_backward(item_of_slot)
-        ctx.route = route
+        ctx.route, ctx.passed = route, passed
         return kernels.unpermute(route.back(rows.contiguous()), slot_of_item, base)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (item_of_slot,) = ctx.saved_tensors
         dbase = dy if ctx.needs_input_grad[1] else None
-        return ctx.route.forth(kernels.permute(dy.contiguous(), item_of_slot)), dbase, None, None, None
+        if ctx.passed is None:
+            return ctx.route.forth(kernels.permute(dy.contiguous(), item_of_slot)), dbase, None, None, None, None
+        rows = ctx.route.forth8(Rows(*kernels.permute_fp8(*ctx.passed.take(dy), item_of_slot)))
+        ctx.passed.put(rows)
+        return placeholder(dy, *rows.codes.shape), dbase, None, None, None, None

@@ -1,7 +1,8 @@
 """RMSNorm, embedding and the SwiGLU feed-forward as modules with hand-written backwards around `deepv3.kernels`.
 
 Activations are flat over tokens, [T, D] with T = batch x sequence. Saved for backward: a norm keeps its input and one
-statistic per token; a feed-forward keeps [gate | up] and makes the SwiGLU output again (V3 3.2.3, 3.4).
+statistic per token; a feed-forward keeps [gate | up] and makes the SwiGLU output again (V3 3.2.3, 3.4). In FP8 both are
+`precision`'s, by the names norm8 and feedforward8.
 """
 
 from typing import Any
@@ -10,8 +11,19 @@ import torch
 from torch import Tensor, nn
 
 import deepv3.kernels as kernels
-from deepv3.precision.linear import DEFAULT, Linear, Place, input_gradient, multiply, weight_gradient
-from deepv3.precision.saved import Kept, Operand, Remade
+from deepv3.precision.feedforward8 import feed_forward8
+from deepv3.precision.linear import (
+    DEFAULT,
+    GroupedLinear,
+    Linear,
+    Place,
+    input_gradient,
+    linear,
+    multiply,
+    weight_gradient,
+)
+from deepv3.precision.norm8 import rmsnorm8
+from deepv3.precision.saved import Kept, Operand, Passed, Remade, operand
 from deepv3.precision.wgrad import WeightGradQueue, deliver, deliver_value
 
 
@@ -38,7 +50,8 @@ class _RMSNorm(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension (Zhang 2019), statistics in FP32.
 
-    `remake` drops the output after forward and computes it again in backward (V3 3.2.3).
+    `remake` drops the output after forward and computes it again in backward (V3 3.2.3). `feeds` are the linear maps
+    that read the output, by their rows in the recipe: it is made in FP8 for those that want it.
     """
 
     def __init__(
@@ -47,10 +60,12 @@ class RMSNorm(nn.Module):
         eps: float,
         remake: bool = False,
         place: Place = DEFAULT,
+        feeds: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.weight = place.parameter(width)
         self.eps, self.remake = eps, remake
+        self.fp8 = None if place.recipe is None else place.recipe.norm_result(feeds)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, D]. Returns [T, D]."""
@@ -58,11 +73,15 @@ class RMSNorm(nn.Module):
 
     def operand(self, x: Tensor, scale: float = 1.0) -> Operand:
         """norm(x) * scale as input of GEMMs."""
+        if self.fp8 is not None and scale == 1.0:
+            return rmsnorm8(x, None, self.weight, self.eps, self.fp8, self.remake)[0]
         y = self(x)
         return self._operand(y if scale == 1.0 else y * scale, x, scale)
 
     def with_stream(self, x: Tensor, residual: Tensor | None = None) -> tuple[Operand, Tensor]:
         """(norm(x + residual), x + residual): the sum is the residual stream that goes on."""
+        if self.fp8 is not None:
+            return rmsnorm8(x, residual, self.weight, self.eps, self.fp8, self.remake)
         y, stream = _RMSNorm.apply(x, residual, self.weight, self.eps, True)
         return self._operand(y, stream, 1.0), stream
 
@@ -151,6 +170,24 @@ def gated_down(
     return _GatedDown.apply(h, gates, weight, offsets, queue)
 
 
+def feed_forward(
+    x: Tensor | Operand,
+    gate_up: Linear | GroupedLinear,
+    down: Linear | GroupedLinear,
+    gates: Tensor | None = None,
+    offsets: Tensor | None = None,
+    passed: Passed | None = None,
+) -> Tensor:
+    """down(silu(gate(x)) * up(x) * gates), by groups where there are offsets. x: [R, D]. Returns [R, D].
+
+    passed: where the gradient of the result arrives, if it comes in FP8.
+    """
+    if gate_up.fp8 is not None and down.fp8 is not None:
+        return feed_forward8(operand(x), gate_up.fp8, down.fp8, gates, offsets, passed)
+    h = linear(x, gate_up.weight, offsets, gate_up.queue)
+    return gated_down(h, down.weight, gates, offsets, down.queue)
+
+
 class MLP(nn.Module):
     """down(silu(gate(u)) * up(u)): dense feed-forward and shared expert. gate_up_proj holds the gate's rows first."""
 
@@ -161,9 +198,9 @@ class MLP(nn.Module):
         place: Place = DEFAULT,
     ) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, place)
-        self.down_proj = Linear(intermediate_size, hidden_size, place)
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, place, "gate_up_proj")
+        self.down_proj = Linear(intermediate_size, hidden_size, place, "down_proj")
 
     def forward(self, u: Tensor | Operand) -> Tensor:
         """u: [T, D]. Returns [T, D]."""
-        return gated_down(self.gate_up_proj(u), self.down_proj.weight, queue=self.down_proj.queue)
+        return feed_forward(u, self.gate_up_proj, self.down_proj)

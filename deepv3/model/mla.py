@@ -7,9 +7,10 @@
 The core is torch's scaled_dot_product_attention: cuDNN on GPUs (the one with a fast backward for head dims 192/128).
 With `remake`, q, k and v are not kept: backward makes them again from the two latents (V3 3.2.3), the attention output
 and its row statistics stay. That costs 2.7 % more FLOPs at V3's shapes and saves 640 values per token and head (v, a
-view, would keep its whole up-projection).
+view, would keep its whole up-projection). With an FP8 recipe the output is kept in 12 bits (`precision.packed`).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ from deepv3.config.schema import ModelConfig
 from deepv3.model.layers import RMSNorm
 from deepv3.model.rope import assemble_key, rotate_query, softmax_scale
 from deepv3.precision.linear import DEFAULT, Linear, Place
-from deepv3.precision.saved import Operand, Remade
+from deepv3.precision.packed import Packed
+from deepv3.precision.saved import Kept, Operand, Remade
 
 
 class Layout(NamedTuple):
@@ -36,13 +38,17 @@ class Layout(NamedTuple):
 
 
 class MLA(nn.Module):
-    """Latent attention; parameters carry the published names and row orders."""
+    """Latent attention; parameters carry the published names and row orders.
+
+    packs: whether its output may be kept in 12 bits (not under activation checkpointing, which keeps nothing).
+    """
 
     def __init__(
         self,
         cfg: ModelConfig,
         remake: bool = False,
         place: Place = DEFAULT,
+        packs: bool = True,
     ) -> None:
         super().__init__()
         self.cfg, self.remake, self.heads = cfg, remake, cfg.num_attention_heads
@@ -50,15 +56,18 @@ class MLA(nn.Module):
         d, rank = cfg.hidden_size, cfg.q_lora_rank
         query_rows = self.heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
         if rank is None:
-            self.q_proj = Linear(d, query_rows, place)
+            self.q_proj = Linear(d, query_rows, place, "q_proj")
         else:
-            self.q_a_proj = Linear(d, rank, place)
-            self.q_a_layernorm = RMSNorm(rank, cfg.rms_norm_eps, remake, place)
-            self.q_b_proj = Linear(rank, query_rows, place)
-        self.kv_a_proj_with_mqa = Linear(d, cfg.kv_lora_rank + cfg.qk_rope_head_dim, place)
-        self.kv_a_layernorm = RMSNorm(cfg.kv_lora_rank, cfg.rms_norm_eps, remake, place)
-        self.kv_b_proj = Linear(cfg.kv_lora_rank, self.heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), place)
-        self.o_proj = Linear(self.heads * cfg.v_head_dim, d, place)
+            self.q_a_proj = Linear(d, rank, place, "q_a_proj")
+            self.q_a_layernorm = RMSNorm(rank, cfg.rms_norm_eps, remake, place, feeds=("q_b_proj",))
+            self.q_b_proj = Linear(rank, query_rows, place, "q_b_proj")
+        key_value_rows = self.heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
+        down = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+        self.kv_a_proj_with_mqa = Linear(d, down, place, "kv_a_proj_with_mqa")
+        self.kv_a_layernorm = RMSNorm(cfg.kv_lora_rank, cfg.rms_norm_eps, remake, place, feeds=("kv_b_proj",))
+        self.kv_b_proj = Linear(cfg.kv_lora_rank, key_value_rows, place, "kv_b_proj")
+        self.o_proj = Linear(self.heads * cfg.v_head_dim, d, place, "o_proj")
+        self.packs = packs and place.recipe is not None and Packed.fits(self.heads * cfg.v_head_dim)
 
     def forward(self, h: Operand, layout: Layout) -> Tensor:
         """h: [T, D], normed. Returns [T, D], not yet added to the residual stream."""
@@ -78,7 +87,9 @@ class MLA(nn.Module):
                 q_latent.source(),
                 kv_latent.source(),
             )
-        out = self.o_proj(attend(q, k, v, self.scale, layout.mask, again).reshape(h.value.shape[0], -1))
+        mixed, packed = attend_packed(q, k, v, self.scale, layout.mask, again, self.packs)
+        mixed = mixed.reshape(h.value.shape[0], -1)
+        out = self.o_proj(mixed if packed is None else Operand(mixed, columns=packed.columns()))
         return out if cfg.attn_out_scale == 1.0 else out * cfg.attn_out_scale
 
     def _up(self, q_latent: Operand, kv_latent: Operand, k_rope: Tensor, layout: Layout) -> tuple[Tensor, ...]:
@@ -96,14 +107,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, a
 
     `again` makes (q, k, v) anew for backward, which then keeps none of them.
     """
-    with _Dropped((q, k, v), again):
+    return attend_packed(q, k, v, scale, mask, again, pack=False)[0]
+
+
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, again: Remade | None, pack: bool
+) -> tuple[Tensor, Packed | None]:
+    """`attend`; with `pack` its backward keeps the output in 12 bits, which the caller gets too."""
+    pack = pack and torch.is_grad_enabled()
+    saved = _Dropped((q, k, v), again, pack)
+    with saved:
         if q.is_cuda:
             with sdpa_kernel(_backends(q.dtype, mask), set_priority=True):
-                return _core(q, k, v, scale, mask)
-        # Torch's blocked CPU kernel wants equal head dims; zero columns of v cost less than its fallback (12 against
-        # 23 ms at batch 8, 256 tokens, 4 heads of 48/32, two cores).
-        padded = F.pad(v, (0, q.shape[-1] - v.shape[-1])) if q.shape[-1] > v.shape[-1] else v
-        return _core(q, k, padded, scale, mask)[..., : v.shape[-1]]
+                whole = _core(q, k, v, scale, mask)
+        else:
+            # Torch's blocked CPU kernel wants equal head dims; zero columns of v cost less than its fallback (12
+            # against 23 ms at batch 8, 256 tokens, 4 heads of 48/32, two cores).
+            padded = F.pad(v, (0, q.shape[-1] - v.shape[-1])) if q.shape[-1] > v.shape[-1] else v
+            whole = _core(q, k, padded, scale, mask)
+    out = whole[..., : v.shape[-1]]
+    if not pack:
+        return out, None
+    packed = Packed(out.reshape(out.shape[0] * out.shape[1], -1))
+    shape, filled = out.shape, whole.shape[-1] - out.shape[-1]
+    saved.replace(whole, lambda: F.pad(packed().view(shape), (0, filled)))
+    return out, packed
 
 
 def _core(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -123,28 +151,40 @@ def _backends(dtype: torch.dtype, mask: Tensor | None) -> list[SDPBackend]:
 
 
 class _Dropped(saved_tensors_hooks):
-    """Within the block, autograd saves a place holder for each of `tensors` instead of the tensor."""
+    """Within the block, autograd saves a place holder for each of `tensors` instead of the tensor; with `replaceable`
+    what else it saved may be exchanged afterwards. Does nothing with neither, nor without gradients."""
 
-    def __init__(self, tensors: tuple[Tensor, ...], again: Remade | None) -> None:
+    def __init__(self, tensors: tuple[Tensor, ...], again: Remade | None, replaceable: bool) -> None:
         self.again = again if torch.is_grad_enabled() else None
+        self.active = self.again is not None or replaceable
         self.places = {_identity(tensor.transpose(1, 2)): index for index, tensor in enumerate(tensors)}
-        super().__init__(self._pack, lambda saved: saved() if callable(saved) else saved)
+        self.others: list[list[Callable[[], Tensor]]] = []
+        super().__init__(self._pack, lambda saved: saved[0]())
 
     def __enter__(self) -> None:
-        if self.again is not None:
+        if self.active:
             super().__enter__()
 
     def __exit__(self, *exc: object) -> None:
-        if self.again is not None:
+        if self.active:
             super().__exit__(*exc)
 
-    def _pack(self, tensor: Tensor):
+    def _pack(self, tensor: Tensor) -> list[Callable[[], Tensor]]:
         index = self.places.get(_identity(tensor))
-        if index is None:
-            return tensor.detach()  # the tensor itself would tie the graph's output to the graph
-        assert self.again is not None, "the hooks are installed only with something to make the tensors from"
+        if self.again is None or index is None:
+            self.others.append([Kept(tensor)])  # detached: the tensor itself would tie the graph's output to the graph
+            return self.others[-1]
         source = self.again.reserve()
-        return lambda: source()[index].transpose(1, 2)
+        return [lambda: source()[index].transpose(1, 2)]
+
+    def replace(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
+        """Let backward find make() [B, S, H, d] where `tensor` was saved, if it was."""
+        wanted = _identity(tensor.transpose(1, 2))
+        for saved in self.others:
+            kept = saved[0]
+            if isinstance(kept, Kept) and _identity(kept.value) == wanted:
+                saved[0] = lambda: make().transpose(1, 2)
+        self.others.clear()
 
 
 def _identity(tensor: Tensor) -> tuple:

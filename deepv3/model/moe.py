@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deepv3.config.schema import ModelConfig
 from deepv3.model.dispatch import Dispatched, LocalDispatch
-from deepv3.model.layers import MLP, gated_down
+from deepv3.model.layers import MLP, feed_forward
 from deepv3.model.router import Router
 from deepv3.precision.linear import DEFAULT, GroupedLinear, Place
 
@@ -27,14 +27,13 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         d, inner = cfg.hidden_size, cfg.moe_intermediate_size
-        self.gate_up_proj = GroupedLinear(experts, d, 2 * inner, place)
-        self.down_proj = GroupedLinear(experts, inner, d, place)
+        self.gate_up_proj = GroupedLinear(experts, d, 2 * inner, place, "gate_up_proj")
+        self.down_proj = GroupedLinear(experts, inner, d, place, "down_proj")
 
     def forward(self, dispatched: Dispatched) -> Tensor:
         """Rows [R, D] in, gated rows [R, D] out."""
-        h = self.gate_up_proj(dispatched.rows, dispatched.offsets)
-        down = self.down_proj
-        return gated_down(h, down.weight, dispatched.gates, dispatched.offsets, down.queue)
+        rows, gates, offsets = dispatched.rows, dispatched.gates, dispatched.offsets
+        return feed_forward(rows, self.gate_up_proj, self.down_proj, gates, offsets, dispatched.passed)
 
 
 class MoE(nn.Module):

@@ -35,7 +35,7 @@ class MTP(nn.Module):
         d, eps, self.remake = cfg.hidden_size, cfg.rms_norm_eps, recompute != "none"
         self.enorm = RMSNorm(d, eps, self.remake, place)
         self.hnorm = RMSNorm(d, eps, self.remake, place)
-        self.eh_proj = Linear(2 * d, d, place)
+        self.eh_proj = Linear(2 * d, d, place, "eh_proj")
         self.block = Block(cfg, index, recompute, dispatcher, place)
         self.norm = RMSNorm(d, eps, place=place)
 

@@ -23,6 +23,7 @@ from deepv3.errors import ConfigError
 from deepv3.model.dispatch import LocalDispatch
 from deepv3.model.exchange import AllToAllDispatch, Leg, Plan, Route
 from deepv3.model.router import Routing
+from deepv3.precision.recipe import Recipe
 
 
 class NodeDispatch(AllToAllDispatch):
@@ -36,8 +37,9 @@ class NodeDispatch(AllToAllDispatch):
         inner: dist.ProcessGroup,
         n_routed_experts: int,
         keep_rows: bool = False,
+        recipe: Recipe | None = None,
     ) -> None:
-        super().__init__(group, n_routed_experts, keep_rows)
+        super().__init__(group, n_routed_experts, keep_rows, recipe)
         self.nodes, self.per_node = dist.get_world_size(cross), dist.get_world_size(inner)
         assert self.nodes * self.per_node == self.size, (self.nodes, self.per_node, self.size)
         self.node, self.number = divmod(self.rank, self.per_node)
@@ -64,17 +66,20 @@ class NodeDispatch(AllToAllDispatch):
         return Plan([cross, inner], self._rows(experts.reshape(self.size, -1)), crossed)
 
 
-def make_dispatch(grid: Grid, n_routed_experts: int, ranks_per_node: int, keep_rows: bool = False) -> LocalDispatch:
+def make_dispatch(
+    grid: Grid, n_routed_experts: int, ranks_per_node: int, keep_rows: bool = False, recipe: Recipe | None = None
+) -> LocalDispatch:
     """The dispatcher of this rank: local without expert parallelism, by node where expert groups span nodes of several
     ranks, else plain all-to-all. Collective over the world (it makes groups): once per run, for all layers.
 
     ranks_per_node: consecutive ranks that share a fast network. keep_rows: for layers that recompute everything.
+    recipe: the model's, with which tokens travel in FP8.
     Raises ConfigError where an expert group covers a node in part, or ep_size does not divide the experts.
     """
     if grid.ep_size == 1:
-        return LocalDispatch(keep_rows)
+        return LocalDispatch(keep_rows, recipe)
     if ranks_per_node == 1 or ranks_per_node >= grid.ep_size:
-        return AllToAllDispatch(grid.group("ep"), n_routed_experts, keep_rows)
+        return AllToAllDispatch(grid.group("ep"), n_routed_experts, keep_rows, recipe)
     if grid.ep_size % ranks_per_node:
         raise ConfigError(
             f"parallel.ep_size = {grid.ep_size} covers a node of {ranks_per_node} ranks in part: {grid.ep_size} % "
@@ -88,7 +93,7 @@ def make_dispatch(grid: Grid, n_routed_experts: int, ranks_per_node: int, keep_r
         inner += nodes.tolist()
         cross += nodes.T.tolist()
     own_cross, own_inner = _own_group(cross, grid.rank), _own_group(inner, grid.rank)
-    return NodeDispatch(grid.group("ep"), own_cross, own_inner, n_routed_experts, keep_rows)
+    return NodeDispatch(grid.group("ep"), own_cross, own_inner, n_routed_experts, keep_rows, recipe)
 
 
 def _own_group(rows: list[list[int]], rank: int) -> dist.ProcessGroup:

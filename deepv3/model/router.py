@@ -26,7 +26,7 @@ class Routing(NamedTuple):
     weights: Tensor  # [T, K] FP32, differentiable
     balance: Tensor  # [B] FP32, sum_i f_i P_i per sequence without alpha, differentiable
     slot_of_token: Tensor  # [T, K] int32, see kernels.routing_tables
-    token_of_slot: Tensor  # [T * K] int32
+    token_of_slot: Tensor  # [R] int32; R = T * K, more where experts' rows are filled up (FP8)
     offsets: Tensor  # [E] int32
     counts: Tensor  # [E] int32
 
@@ -85,6 +85,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.cfg, self.queue = cfg, place.queue
+        self.align = 1 if place.recipe is None else place.recipe.align
         self.weight = place.parameter(cfg.n_routed_experts, cfg.hidden_size)
         bias = torch.zeros(cfg.n_routed_experts, device=place.device, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", bias)
@@ -93,7 +94,9 @@ class Router(nn.Module):
         """u: [T, D], whole sequences of seq_len tokens."""
         logits = linear(u, self.weight, queue=self.queue, full=True)
         indices, weights, balance = _Choose.apply(logits, self.e_score_correction_bias, self.cfg, seq_len)
-        return Routing(indices, weights, balance, *kernels.routing_tables(indices, self.cfg.n_routed_experts))
+        return Routing(
+            indices, weights, balance, *kernels.routing_tables(indices, self.cfg.n_routed_experts, self.align)
+        )
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor, speed: float | Tensor) -> None:

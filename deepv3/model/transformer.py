@@ -26,9 +26,10 @@ from deepv3.model.mtp import MTP
 from deepv3.model.rope import RotaryTables
 from deepv3.model.router import Router, Routing, statistics
 from deepv3.precision.linear import Place
+from deepv3.precision.recipe import Recipe, recipe_of
 from deepv3.precision.wgrad import WeightGradQueue
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}  # FP64 is for tests of parity
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp64": torch.float64}  # FP64: tests
 
 
 class Output(NamedTuple):
@@ -57,7 +58,8 @@ class Part(Protocol):
 
 
 class Transformer(nn.Module):
-    """DeepSeek-V3 (V3 2). recompute: see `Block`; loss_chunk: rows of logits that exist at once; queue: see `wgrad`.
+    """DeepSeek-V3 (V3 2). recompute: see `Block`; loss_chunk: rows of logits that exist at once; queue: see `wgrad`;
+    recipe: which tensors are FP8.
 
     parts: stretches to build, each with its queue, instead of the whole; modules keep their global names, and what two
     parts share (embedding, used by MTP too) exists once. Such a model is run in pieces (`pipeline.stage`).
@@ -73,17 +75,19 @@ class Transformer(nn.Module):
         dtype: torch.dtype | None = None,
         dispatcher: LocalDispatch | None = None,
         parts: Sequence[tuple[Part, WeightGradQueue | None]] = (),
+        recipe: Recipe | None = None,
     ) -> None:
         super().__init__()
         self.cfg = cfg
         self.rotary = RotaryTables(cfg)
-        self.dispatcher = dispatcher = dispatcher or LocalDispatch(keep_rows=recompute == "full")
+        self.dispatcher = dispatcher = dispatcher or LocalDispatch(recompute == "full", recipe)
+        assert dispatcher.recipe == recipe, "layers and dispatcher must agree in which format rows travel"
         self.first_expert = dispatcher.held(cfg.n_routed_experts).start
         whole = _Whole(range(cfg.num_hidden_layers), True, True, cfg.num_nextn_predict_layers)
         d, plain = cfg.hidden_size, Place(device, dtype)
         self.layers, self.mtp = nn.ModuleList(), nn.ModuleList()
         for part, own in parts or [(whole, queue)]:
-            place = Place(device, dtype, own)
+            place = Place(device, dtype, own, recipe)
             if part.embedding or part.mtp:
                 self.embed_tokens = self.get("embed_tokens") or Embedding(cfg.vocab_size, d, plain)
             for index in part.layers:  # registered by number: the list may have gaps, its names are global
@@ -216,7 +220,12 @@ def moe_layers(cfg: ModelConfig) -> int:
 def build_model(cfg: Config, device: torch.device | str) -> Transformer:
     """The model of a run with its initial weights; router biases are FP32 in every precision."""
     model = Transformer(
-        cfg.model, cfg.train.recompute, cfg.train.loss_chunk, device=device, dtype=DTYPES[cfg.precision.name]
+        cfg.model,
+        cfg.train.recompute,
+        cfg.train.loss_chunk,
+        device=device,
+        dtype=DTYPES[cfg.precision.name],
+        recipe=recipe_of(cfg),
     )
     model.init_weights(cfg.seed)
     return model

@@ -53,7 +53,8 @@ class Piece:
     """A parameter in its group's buffer.
 
     shape: of the global tensor; base: where the local one starts in it, flattened (experts beyond the first EP rank);
-    offset: where it starts in the buffer. All in elements. param: with `main_grad` and `grad_ready` after `allocate`.
+    offset: where it starts in the buffer. All in elements. param: with `main_grad`, `grad_ready` and `revision` after
+    `allocate`.
     """
 
     name: str
@@ -111,6 +112,7 @@ class FlatGroup:
         for piece in self.pieces:
             piece.param.main_grad = self._view(self.grad, piece)
             piece.param.grad_ready = False
+            piece.param.revision = 0
 
     def _view(self, buffer: Tensor, piece: Piece) -> Tensor:
         return buffer.narrow(0, piece.offset, piece.param.numel()).view(piece.param.shape)
@@ -146,7 +148,10 @@ class FlatGroup:
         return dist.all_reduce(self.grad, group=self.process_group, async_op=True)  # gloo cannot scatter
 
     def gather(self) -> None:
-        """Every rank's shard of the weights to every rank, as bytes."""
+        """Every rank's shard of the weights to every rank, as bytes. The weights are new: `param.revision` says so to
+        who keeps something made of them."""
+        for piece in self.pieces:
+            piece.param.revision += 1
         if self.shards == 1:
             return
         mine = self.low_shard if self.low.is_cuda else self.low_shard.clone()  # NCCL gathers in place

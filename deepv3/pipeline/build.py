@@ -13,6 +13,7 @@ from deepv3.pipeline.layout import StageSpec, embedding_ranks, place
 from deepv3.pipeline.plain import PlainExecutor
 from deepv3.pipeline.schedule import Schedule, make_schedule, micro_batches
 from deepv3.pipeline.stage import Stage
+from deepv3.precision.recipe import recipe_of
 from deepv3.precision.wgrad import WeightGradQueue
 
 EMBEDDING = "embed_tokens.weight"
@@ -73,15 +74,16 @@ def build_pipeline(cfg: Config, grid: Grid, placement: Placement) -> tuple[Trans
     """This rank's part of the model, with its initial weights, and what runs it."""
     queues = [WeightGradQueue() for _ in placement.held]
     parts = [(placement.specs[stage], queue) for stage, queue in zip(placement.held, queues)]
-    whole, full = len(placement.specs) == 1, cfg.train.recompute == "full"
+    whole, full, recipe = len(placement.specs) == 1, cfg.train.recompute == "full", recipe_of(cfg)
     model = Transformer(
         cfg.model,
         cfg.train.recompute,
         cfg.train.loss_chunk,
         device=grid.device,
         dtype=DTYPES[cfg.precision.name],
-        dispatcher=make_dispatch(grid, cfg.model.n_routed_experts, ranks_per_node(cfg, grid), full),
+        dispatcher=make_dispatch(grid, cfg.model.n_routed_experts, ranks_per_node(cfg, grid), full, recipe),
         parts=() if whole else parts,
+        recipe=recipe,
     )
     model.init_weights(cfg.seed)
     if whole:

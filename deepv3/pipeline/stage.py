@@ -33,7 +33,7 @@ from deepv3.model.router import Routing, statistics
 from deepv3.model.transformer import Transformer, moe_layers, moe_row
 from deepv3.pipeline.figures import StepOut
 from deepv3.pipeline.layout import StageSpec
-from deepv3.precision.saved import Operand
+from deepv3.precision.saved import Operand, used_here
 from deepv3.precision.wgrad import WeightGradQueue
 
 OTHER, ATTN, DISPATCH, MLP, COMBINE = "other", "attn", "dispatch", "mlp", "combine"
@@ -61,7 +61,7 @@ class Cut:
         """
         used = [(edge, gradient) for edge, gradient in zip(self.edges, gradients, strict=True) if gradient is not None]
         edges, known = zip(*used)
-        _used_here(*known)
+        used_here(*known)
         torch.autograd.backward(edges, known)
         found = [None if leaf is None else leaf.grad for leaf in self.leaves]
         self.leaves = self.edges = ()
@@ -69,17 +69,8 @@ class Cut:
 
 
 def _leaf(tensor: Tensor) -> Tensor:
-    _used_here(tensor)
+    used_here(tensor)
     return tensor.detach().requires_grad_(torch.is_grad_enabled())
-
-
-def _used_here(*tensors: object) -> None:
-    """Tell the allocator that tensors of another stream are read on this one; tuples are looked into."""
-    for tensor in tensors:
-        if isinstance(tensor, tuple):
-            _used_here(*tensor)
-        elif isinstance(tensor, Tensor) and tensor.is_cuda:
-            tensor.record_stream(torch.cuda.current_stream())
 
 
 class Tape:
@@ -198,13 +189,13 @@ class Stage:
         grad = torch.is_grad_enabled()
         self._note(tape, routing)
         yield DISPATCH
-        _used_here(routing)
+        used_here(routing, u)
         u_d, w_d = _leaf(u.value), _leaf(routing.weights)
         dispatched = block.dispatch(u._replace(value=u_d), routing._replace(weights=w_d))
         assert dispatched is not None
         dispatch = Cut((u_d, w_d), (dispatched.rows.value, dispatched.gates)) if grad else None
         yield MLP
-        _used_here(dispatched)
+        used_here(dispatched)
         u_m, x_m, g_m = _leaf(u.value), _leaf(x1), _leaf(dispatched.gates)
         rows = dispatched.rows._replace(value=_leaf(dispatched.rows.value))
         base = block.shared(u._replace(value=u_m), x_m)

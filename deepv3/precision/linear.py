@@ -4,8 +4,9 @@
     backward  dx [R, K]  = dy [R, N] @ w [N, K]
               dw [N, K] += dy [R, N]^T @ x [R, K]      in FP32, see `wgrad.deliver`
 
-With `offsets` (cumulative row ends per group) w is [G, N, K] and every row meets its group's matrix. Number formats of
-the operands are decided here and nowhere else. No biases: the architecture has none (V3 2.1).
+With `offsets` (cumulative row ends per group) w is [G, N, K] and every row meets its group's matrix. The operands have
+the model's format; where the run's recipe says FP8 for a module's weight, the module multiplies by `linear8` instead.
+No biases: the architecture has none (V3 2.1).
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import deepv3.kernels as kernels
+from deepv3.precision.linear8 import Weight8, linear8
+from deepv3.precision.recipe import Recipe
 from deepv3.precision.saved import Kept, Operand, Remade, operand
+from deepv3.precision.weights8 import WeightCodes
 from deepv3.precision.wgrad import WeightGradQueue, deliver
 
 
@@ -88,44 +92,55 @@ def linear(
     full: bool = False,
 ) -> Tensor:
     """Differentiable `multiply`. x: [R, K]; weight: [N, K], or [G, N, K] with offsets [G] int32. Returns [R, N]."""
-    value, again = operand(x)
+    value, again, *_ = operand(x)
     return _Linear.apply(value, weight, offsets, again, queue, full)
 
 
 class Place(NamedTuple):
-    """Where a module's parameters live, in which format, and where its matrix gradients wait (None: nowhere)."""
+    """Where a module's parameters live, in which format, where its matrix gradients wait (None: nowhere), and which
+    products are FP8 (None: none)."""
 
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
     queue: WeightGradQueue | None = None
+    recipe: Recipe | None = None
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """Uninitialised; `model.init` fills it."""
         return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype))
+
+    def weight8(self, weight: Tensor, role: str) -> Weight8 | None:
+        """The weight of this role with its FP8 codes; None where its products are not FP8."""
+        if self.recipe is None or not self.recipe.fp8(role):
+            return None
+        return Weight8(weight, WeightCodes(weight, self.recipe[role]), self.recipe, self.queue)
 
 
 DEFAULT = Place()
 
 
 class Linear(nn.Module):
-    """y = x @ weight^T for x [T, in]; weight: [out, in]."""
+    """y = x @ weight^T for x [T, in]; weight: [out, in]; role: its row in the recipe."""
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         place: Place = DEFAULT,
+        role: str = "",
     ) -> None:
         super().__init__()
         self.weight = place.parameter(out_features, in_features)
-        self.queue = place.queue
+        self.queue, self.fp8 = place.queue, place.weight8(self.weight, role)
 
     def forward(self, x: Tensor | Operand) -> Tensor:
+        if self.fp8 is not None:
+            return linear8(operand(x), self.fp8)
         return linear(x, self.weight, queue=self.queue)
 
 
 class GroupedLinear(nn.Module):
-    """y[r] = x[r] @ weight[g]^T for the rows r of group g; weight: [groups, out, in]."""
+    """y[r] = x[r] @ weight[g]^T for the rows r of group g; weight: [groups, out, in]; role: its row in the recipe."""
 
     def __init__(
         self,
@@ -133,11 +148,15 @@ class GroupedLinear(nn.Module):
         in_features: int,
         out_features: int,
         place: Place = DEFAULT,
+        role: str = "",
     ) -> None:
         super().__init__()
         self.weight = place.parameter(groups, out_features, in_features)
-        self.queue = place.queue
+        self.queue, self.fp8 = place.queue, place.weight8(self.weight, role)
 
     def forward(self, x: Tensor | Operand, offsets: Tensor) -> Tensor:
-        """x: [R, in] sorted by group; offsets: [groups] int32, cumulative ends. Returns [R, out]."""
+        """x: [R, in] sorted by group; offsets: [groups] int32, cumulative ends, in FP8 multiples of 128. Returns
+        [R, out]."""
+        if self.fp8 is not None:
+            return linear8(operand(x), self.fp8, offsets)
         return linear(x, self.weight, offsets, self.queue)

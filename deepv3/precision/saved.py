@@ -1,4 +1,5 @@
-"""What backward keeps of a forward tensor: the tensor itself, or how to make it again (V3 3.2.3).
+"""What backward keeps of a forward tensor: the tensor itself, or how to make it again (V3 3.2.3), and what travels
+beside autograd because it is FP8.
 
 Cheap tensors that are large (norm outputs, up-projected queries and keys, rows sorted by expert, SwiGLU outputs) are
 dropped after forward and made again from what is kept anyway. A `Remade` is made once per backward however many GEMMs
@@ -14,17 +15,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deepv3.precision.formats import Columns, Format, Rows, rows_of
+
 
 class Kept:
-    """A value that stays in memory."""
+    """A value that stays in memory: a tensor, or codes with their scales."""
 
-    def __init__(self, value: Tensor) -> None:
-        self.value = value.detach()
+    def __init__(self, value: Any) -> None:
+        self.value = value.detach() if isinstance(value, Tensor) else value
 
     def reserve(self) -> "Kept":
         return self
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Any:
         return self.value
 
 
@@ -62,17 +65,66 @@ class Remade:
         return value
 
 
+class Stored(NamedTuple):
+    """Columns made in backward by `make` of tensors that an autograd function saves as its own."""
+
+    make: Callable[..., Columns]
+    tensors: tuple[Tensor, ...]
+
+
 class Operand(NamedTuple):
-    """Input of one or several GEMMs. `again` is None where backward keeps `value` itself."""
+    """Input of one or several GEMMs. `again` is None where backward keeps `value` itself.
+
+    In FP8, rows: its codes, made once for all users; columns: where weight gradients find its other codes; `value` may
+    be a `formats.placeholder` then. An FP8 product makes what is None for itself.
+    """
 
     value: Tensor
     again: Remade | None = None
+    rows: Rows | None = None
+    columns: Remade | Stored | None = None
 
     def source(self) -> "Kept | Remade":
         """Where backward finds the value; what other recomputed values may build on."""
         return Kept(self.value) if self.again is None else self.again
 
+    def rows_source(self, format: Format) -> "Kept | Remade":
+        """Where backward finds the row codes."""
+        if self.again is None:
+            return Kept(self.rows)
+        return Remade(lambda value: rows_of(value, format), self.again)
+
+
+def used_here(*tensors: object) -> None:
+    """Tell the allocator that tensors of another stream are read on this one; tuples are looked into."""
+    for tensor in tensors:
+        if isinstance(tensor, tuple):
+            used_here(*tensor)
+        elif isinstance(tensor, Tensor) and tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream())
+
 
 def operand(x: "Tensor | Operand") -> Operand:
     """A bare tensor as an operand that is kept."""
     return x if isinstance(x, Operand) else Operand(x)
+
+
+class Passed:
+    """A gradient in FP8 on its way from the backward of one autograd function to that of the next: autograd itself
+    carries a placeholder, because a gradient must have its tensor's format."""
+
+    def __init__(self, format: Format) -> None:
+        self.format = format
+        self._rows: Rows | None = None
+
+    def put(self, rows: Rows) -> None:
+        assert self._rows is None, "the FP8 gradient before this one was not taken"
+        self._rows = rows
+
+    def take(self, gradient: Tensor) -> Rows:
+        """What the function before put; where it put nothing, `gradient` [R, D] in FP8."""
+        rows, self._rows = self._rows, None
+        if rows is None:
+            return rows_of(gradient, self.format)
+        used_here(rows)
+        return rows

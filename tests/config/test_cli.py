@@ -141,7 +141,7 @@ def test_cfg_job_prints_the_config_and_runs_nothing(run_dir, capfd):
 def test_help_lists_presets_and_parts(capfd):
     assert cli.execute(raising(AssertionError("called")), ["--help"]) == 0
     printed = capfd.readouterr().out
-    for words in ("+config=v3_671b", "precision=bf16|fp32", "--cfg job"):
+    for words in ("+config=v3_671b", "precision=bf16|fp32|fp8", "--cfg job"):
         assert words in printed
 
 

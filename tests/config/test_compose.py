@@ -87,7 +87,7 @@ def test_a_value_may_refer_to_another():
         ("precision=bf16,fp32", ["precision=bf16,fp32", "add -m"]),
         ("config=tiny", ["+config=tiny"]),
         ("+config=tinny", ["+config=tinny", "Did you mean tiny?", "mini, moe_16b, tiny, v3_671b"]),
-        ("precision=fp31", ["configs/precision/fp31.yaml", "bf16, fp32"]),
+        ("precision=fp31", ["configs/precision/fp31.yaml", "bf16, fp32, fp8"]),
         ("+precision=fp32", ["write precision=NAME"]),
         ("train={steps: 3}", ["train.FIELD=VALUE"]),
         ("data.sources=[{path", ["quote"]),

@@ -157,8 +157,8 @@ def _splits_of_two_peers_swapped() -> Iterator[None]:
 def _gradients_of_gates_left_behind() -> Iterator[None]:
     true = exchange._Forth.backward
 
-    def backward(ctx, dx, dgates, _):
-        return true(ctx, dx, torch.zeros_like(dgates), _)
+    def backward(ctx, dx, dgates, *others):
+        return true(ctx, dx, torch.zeros_like(dgates), *others)
 
     with mock.patch.object(exchange._Forth, "backward", staticmethod(backward)):
         yield
@@ -168,8 +168,8 @@ def _gradients_of_gates_left_behind() -> Iterator[None]:
 def _one_copy_of_a_token_lost_in_backward() -> Iterator[None]:
     true = exchange._Forth.forward
 
-    def forward(ctx, x, gates, indices, slot_of_item, item_of_slot, route):
-        out = true(ctx, x, gates, indices, slot_of_item, item_of_slot, route)
+    def forward(ctx, x, gates, indices, slot_of_item, *others):
+        out = true(ctx, x, gates, indices, slot_of_item, *others)
         ctx.save_for_backward(slot_of_item.where(torch.arange(slot_of_item.shape[1]) == 0, -1))
         return out
 
