@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from torch.autograd import DeviceType
+
 GROUPS = (
     ("attention", ("cudnn", "sdpa", "flash", "fmha", "sm90_16bit_fprop", "bprop")),
     ("communication", ("nccl", "c10d::", "gloo")),
@@ -15,13 +17,18 @@ GROUPS = (
 LONGEST = 25
 
 
+def _on_device(event: Any) -> bool:
+    """Whether an event is a kernel or a copy: operators and annotations carry the time of the kernels inside them."""
+    return event.device_type != DeviceType.CPU and not event.is_user_annotation
+
+
 def kernel_table(events: Iterable[Any], steps: int, device: bool = True) -> str:
     """Time by group and the longest kernels, ms per step. events: profiler.key_averages().
 
     device: time on the device; False for a run on the CPU, where operators take the place of kernels.
     """
     field = "self_device_time_total" if device else "self_cpu_time_total"
-    kernels = [(e.key, getattr(e, field) / 1e3 / steps, e.count // steps) for e in events]
+    kernels = [(e.key, getattr(e, field) / 1e3 / steps, e.count // steps) for e in events if not device or _on_device(e)]
     kernels = sorted((k for k in kernels if k[1] > 0), key=lambda k: -k[1])
     total = sum(ms for _, ms, _ in kernels) or 1e-9
     groups: dict[str, float] = {}

@@ -1,5 +1,6 @@
 """Small models on every layout: how they are described, built and trained a step. Shared by the pipeline's tests."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -26,10 +27,15 @@ class Case(NamedTuple):
     precision: str = "fp64"
     layout: str = ""
     batch: int = BATCH
+    wide: bool = False  # shapes that GPU kernels take
 
     @property
     def world(self) -> int:
         return self.pp * self.dp
+
+    @property
+    def seq_len(self) -> int:
+        return 128 if self.wide else SEQ
 
     def __str__(self) -> str:
         return f"{self.schedule}-pp{self.pp}-ep{self.ep}-dp{self.dp}-mtp{self.mtp}-{self.recompute}-{self.precision}"
@@ -43,10 +49,16 @@ def config(case: Case) -> Config:
         qk_rope_head_dim=4, v_head_dim=4, n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2,
         max_position_embeddings=64, initializer_range=0.2, aux_loss_alpha=0.02, num_nextn_predict_layers=case.mtp,
     )  # fmt: skip
+    if case.wide:
+        cfg.model = replace(
+            cfg.model, vocab_size=512, hidden_size=256, intermediate_size=256, moe_intermediate_size=128,
+            q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+            max_position_embeddings=256, initializer_range=0.05,
+        )  # fmt: skip
     cfg.parallel.pp_size, cfg.parallel.ep_size, cfg.parallel.schedule = case.pp, case.ep, case.schedule
     cfg.parallel.layout = case.layout
     cfg.precision.name, cfg.train.recompute = case.precision, case.recompute
-    cfg.train.global_batch_size, cfg.data.seq_len = case.batch, SEQ
+    cfg.train.global_batch_size, cfg.data.seq_len = case.batch, case.seq_len
     cfg.optim.clip_norm, cfg.optim.moment_dtype = 0.2, "float32"
     return cfg
 
@@ -78,12 +90,12 @@ class Trainer:
 
     def batches(self, step: int):
         """This data rank's micro-batches of a step."""
-        return (Batch(sample(step, number, SEQ + 1 + self.case.mtp), None) for number in self.share)
+        return (Batch(sample(step, number, self.case.seq_len + 1 + self.case.mtp), None) for number in self.share)
 
     def step(self, number: int) -> None:
         """One optimizer step through executor and engine, as the training loop makes it."""
         self.engine.begin_step()
-        scale = 1 / (self.case.batch * SEQ)
+        scale = 1 / (self.case.batch * self.case.seq_len)
         out = self.executor.run(self.batches(number), len(self.share), scale, 0.3, self.engine.reduce)
         figures = self.grid.sum_over_world(torch.stack([out.loss_main, out.loss_mtp, out.loss_balance]))
         total = self.grid.sum_over_world(out.counts)
@@ -94,7 +106,7 @@ class Trainer:
 
     def validate(self) -> float:
         """Loss of a fixed batch through the same pipeline."""
-        out = self.executor.evaluate(self.batches(0), len(self.share), 1 / (self.case.batch * SEQ))
+        out = self.executor.evaluate(self.batches(0), len(self.share), 1 / (self.case.batch * self.case.seq_len))
         return self.grid.sum_over_world(out.loss_main.clone()).item()
 
     def outcome(self, validation: float = 0.0) -> "Outcome":

@@ -121,7 +121,7 @@ _references: dict[tuple, Outcome] = {}
 
 def reference(case: Case) -> Outcome:
     """The same training in one process, by the plain model."""
-    plain = Case(mtp=case.mtp, recompute="none", precision=case.precision, batch=case.batch)
+    plain = Case(mtp=case.mtp, recompute="none", precision=case.precision, batch=case.batch, wide=case.wide)
     if plain not in _references:
         _references[plain] = together(ranks.run(1, train, plain))
     return _references[plain]

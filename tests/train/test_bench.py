@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+from torch.autograd import DeviceType
+
 from deepv3.train import bench
 from deepv3.train.kernel_table import kernel_table
 
@@ -16,10 +18,16 @@ def test_a_failed_side_says_so_in_the_table():
 
 
 def test_kernels_are_grouped_and_averaged_per_step():
+    def event(key: str, us: float, count: int, where=DeviceType.CUDA, note: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            key=key, self_device_time_total=us, count=count, device_type=where, is_user_annotation=note
+        )
+
     events = [
-        SimpleNamespace(key="_adamw_kernel", self_device_time_total=8000.0, count=2),
-        SimpleNamespace(key="nvjet_hsh_128x256", self_device_time_total=4000.0, count=4),
-        SimpleNamespace(key="aten::mm", self_device_time_total=0.0, count=4),
+        event("_adamw_kernel", 8000.0, 2),
+        event("nvjet_hsh_128x256", 4000.0, 4),
+        event("aten::mm", 4000.0, 4, DeviceType.CPU),  # the same time again, by operator
+        event("Optimizer.step#AdamW.step", 8000.0, 2, note=True),
     ]
     table = kernel_table(events, steps=2)
     assert "sum of kernels" in table and "6.00 ms" in table
