@@ -8,6 +8,7 @@ program per multiprocessor has
    cores busy: what plain Triton does one after the other.
 Full and empty barriers per stage carry the order; stage and phase are counted alike on both sides. Results of `mm`
 leave through shared memory, written while the next tile is multiplied.
+Not in Triton's interpreter: tests run this source as Python instead, with threads for partitions.
 """
 
 from typing import Any, NamedTuple

@@ -1,0 +1,97 @@
+"""The Gluon kernels' protocol and arithmetic, run as Python: see `gluon_on_cpu`."""
+
+import gluon_on_cpu
+import pytest
+import torch
+from gluon_on_cpu import Descriptor, OnCpu
+from inputs import Maker
+from inputs8 import make
+
+import deepv3.kernels as kernels
+from deepv3.kernels import gemm8
+from deepv3.kernels.testing import relative_norm
+
+gluon8 = pytest.importorskip("deepv3.kernels.gluon8", reason=f"Gluon of Triton {gemm8.GLUON_FOR}x")
+gluon8_wgrad = pytest.importorskip("deepv3.kernels.gluon8_wgrad", reason=f"Gluon of Triton {gemm8.GLUON_FOR}x")
+
+PROGRAMS = 3
+TILES = [gluon8.Tile(128, 4), gluon8.Tile(128, 2), gluon8.Tile(128, 1)]  # fewer stages than steps and more
+ENDS = {"first empty": [0, 128, 384], "last empty": [256, 384, 384], "all empty": [0, 0, 0], "full": [128, 128, 512]}
+
+
+@pytest.fixture(autouse=True)
+def kernel_on_cpu(monkeypatch) -> dict[str, OnCpu]:
+    """Launchers run the kernels as Python, three programs wide."""
+    stand_ins = {name: OnCpu(name, gluon8, gluon8_wgrad) for name in ("mm_kernel", "wgrad_kernel")}
+    monkeypatch.setattr(gluon8, "TensorDescriptor", Descriptor)
+    for module, name in ((gluon8, "mm_kernel"), (gluon8_wgrad, "wgrad_kernel")):
+        monkeypatch.setattr(module, name, stand_ins[name])
+        monkeypatch.setattr(module, "multiprocessors", lambda device: PROGRAMS)
+    return stand_ins
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize(("rows", "n", "k"), [(300, 272, 272), (1, 16, 128), (128, 640, 1040)])
+def test_product_of_any_shape(rows, n, k, tile):
+    *operands, _ = make("fp8_mm", Maker(1, torch.float32), rows=rows, n=n, k=k)
+    out = torch.full((rows, n), float("nan"))
+    gluon8.launch_mm(out, *operands, None, tile)
+    assert relative_norm(out, kernels.fp8_mm.__wrapped__(*operands, torch.float32)) <= 1e-6
+
+
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+def test_grouped_product_of_uneven_experts(ends):
+    *operands, offsets, _ = make("grouped_fp8_mm", Maker(2, torch.float32), ends=ends, rows=512, n=272, k=400)
+    out = torch.full((512, 272), float("nan"))
+    gluon8.launch_mm(out, *operands, offsets, TILES[0])
+    assert relative_norm(out, kernels.grouped_fp8_mm.__wrapped__(*operands, offsets, torch.float32)) <= 1e-6
+    assert (out[ends[-1] :] == 0).all()
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_weight_gradient(accumulate, tile):
+    grad, *operands, _ = make("fp8_wgrad_", Maker(3, torch.float32), rows=700, n=272, k=400)
+    grad = grad if accumulate else torch.full_like(grad, float("nan"))
+    expected = grad.clone()
+    gluon8_wgrad.launch_wgrad(grad, *operands, None, accumulate, tile)
+    kernels.fp8_wgrad_.__wrapped__(expected, *operands, accumulate)
+    assert relative_norm(grad, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+def test_grouped_weight_gradient_of_uneven_experts(ends, accumulate):
+    grad, *operands, offsets, _ = make("grouped_fp8_wgrad_", Maker(4, torch.float32), ends=ends, rows=512, n=144, k=272)
+    grad = grad if accumulate else torch.full_like(grad, float("nan"))
+    expected = grad.clone()
+    gluon8_wgrad.launch_wgrad(grad, *operands, offsets, accumulate, TILES[0])
+    kernels.grouped_fp8_wgrad_.__wrapped__(expected, *operands, offsets, accumulate)
+    assert relative_norm(grad, expected) <= 1e-6
+
+
+ARRIVE = "            mbarrier.arrive(empty.index(stage), count=1)\n"
+WAIT = "            part = warpgroup_mma_wait(0, deps=(part,))\n"
+MISTAKES = {
+    "the producer waits for a stage nobody has used": {"stage, phase = 0, 1": "stage, phase = 0, 0"},
+    "one consumer keeps its stages": {ARRIVE: "            if HALF == 0:\n    " + ARRIVE},
+    "fewer bytes are announced than come": {"(128 + N) * 128 + 128 * 4": "(128 + N) * 128"},
+    "a stage is handed back before it is read": {ARRIVE: "", WAIT: ARRIVE + WAIT},
+    "a tile is overwritten while it leaves": {"        tma.store_wait(0)\n        gl": "        gl"},
+    "the phase never turns": {"phase ^ 1": "phase"},
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_protocol_is_found(mistake, kernel_on_cpu, monkeypatch):
+    """What the tests above would have missed if they passed for another reason."""
+    monkeypatch.setattr(gluon_on_cpu, "PATIENCE", 0.5)
+    kernel = kernel_on_cpu["mm_kernel"]
+    assert all(any(old in source for source in kernel.sources.values()) for old in MISTAKES[mistake])
+    kernel.edits, kernel.lag = MISTAKES[mistake], 0.01
+    *operands, _ = make("fp8_mm", Maker(5, torch.float32), rows=512, n=256, k=512)
+    out = torch.full((512, 256), float("nan"))
+    expected = kernels.fp8_mm.__wrapped__(*operands, torch.float32)
+    with pytest.raises(AssertionError):
+        gluon8.launch_mm(out, *operands, None, gluon8.Tile(128, 2))
+        assert relative_norm(out, expected) <= 1e-6
