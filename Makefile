@@ -51,6 +51,9 @@ test: $(STAMP) ## the test suite, on the CPU
 test-full: $(STAMP) ## the same with the full matrices, which take long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not browser and not versions" $(ARGS)
 
+soak: $(STAMP) ## 200 kills of real runs and 2,000 damaged files, on the CPU: most of an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s tests/durability tests/fuzz $(ARGS)
+
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TARGETS = [
-    "setup", "train", "test", "test-full", "test-gpu", "test-browser", "test-versions", "check", "fmt", "bench",
+    "setup", "train", "test", "test-full", "soak", "test-gpu", "test-browser", "test-versions", "check", "fmt", "bench",
     "wheelhouse", "clean",
 ]  # fmt: skip
 

@@ -44,8 +44,14 @@ class Reader:
         self._source, self._encoder, self._part = source, encoder, part
         self._cache_dir, self._stop, self._say = cache_dir, stop, say
         self.bad = 0
+        self.passes = 0  # over the whole stream, begun since this reader was made
         self._notes: deque[State] = deque()
         self.go_back({"ordinal": 0, "index": 0, "dataset": None})
+
+    @property
+    def label(self) -> str:
+        """The source's name in the config, with its path."""
+        return f"{self._source.label}.path={self._source.config.path}"
 
     def go_back(self, note: State) -> None:
         """Read on from a place noted earlier."""
@@ -86,6 +92,7 @@ class Reader:
                 f"for {self._part} ({self._index:,} read, {self.bad:,} bad so far); look at its field, or at "
                 "data.validation_fraction"
             )
+        self.passes += 1
         self._dataset = self._source.documents(self._cache_dir)
         self._rows, self._index, self._useful = iter(self._dataset), 0, False
 
@@ -161,10 +168,17 @@ class Lanes:
     def sample(self, n: int, index: int) -> np.ndarray:
         """The row of sample n of the run, [length]; samples of a lane are asked for in order."""
         lane = self._lanes[n % LANES]
+        passes = self._reader.passes
         while lane.held < self._shape.length:
             if not lane.waiting:
+                if self._reader.passes > passes + LANES:  # by then every document has met every lane that it can meet
+                    raise DataError(
+                        f"{self._reader.label}: {LANES} passes over the stream gave lane {n % LANES} no document: too "
+                        "few can be used; give more documents, or set the source's streaming=false"
+                    )
                 self._read()
                 continue
+            passes = self._reader.passes
             ordinal, document = lane.waiting.popleft()
             lane.add(ordinal, self._encoder.encode(document["number"], document["text"]))
         return lane.take(self._shape)
