@@ -129,7 +129,9 @@ def test_every_package_folder_is_installed():
 
 
 def test_every_third_party_import_is_a_declared_dependency():
-    declared = {Requirement(line).name.replace("-", "_") for line in PROJECT["project"]["dependencies"]}
+    optional = PROJECT["project"]["optional-dependencies"]
+    lines = [*PROJECT["project"]["dependencies"], *optional["eval"]]
+    declared = {Requirement(line).name.replace("-", "_") for line in lines}
     names = {"hydra_core": "hydra", "pyyaml": "yaml"}
     known = {names.get(name, name) for name in declared} | set(sys.stdlib_module_names)
     known |= {"deepv3", "torchtitan"}  # the peer of the benchmark brings its own environment

@@ -28,7 +28,9 @@ def kernel_table(events: Iterable[Any], steps: int, device: bool = True) -> str:
     device: time on the device; False for a run on the CPU, where operators take the place of kernels.
     """
     field = "self_device_time_total" if device else "self_cpu_time_total"
-    kernels = [(e.key, getattr(e, field) / 1e3 / steps, e.count // steps) for e in events if not device or _on_device(e)]
+    kernels = [
+        (e.key, getattr(e, field) / 1e3 / steps, e.count // steps) for e in events if not device or _on_device(e)
+    ]
     kernels = sorted((k for k in kernels if k[1] > 0), key=lambda k: -k[1])
     total = sum(ms for _, ms, _ in kernels) or 1e-9
     groups: dict[str, float] = {}
