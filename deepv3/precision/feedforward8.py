@@ -50,7 +50,7 @@ class _FeedForward8(torch.autograd.Function):
         (offsets, gates, *kept), x_columns = recall(ctx)
         up, down, dtype = ctx.up, ctx.down, ctx.dtype
         if ctx.passed is None:
-            dout_rows, columns = both_of(dout.to(dtype), down.recipe[GRADIENT])
+            dout_rows, columns = both_of(dout.to(dtype).contiguous(), down.recipe[GRADIENT])
             dout_columns = partial(Columns, *columns)
         else:
             dout_rows = ctx.passed.take(dout)

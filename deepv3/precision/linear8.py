@@ -106,7 +106,7 @@ class _Linear8(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (offsets,), columns = recall(ctx)
         w, dx = ctx.w, None
-        rows, dy_columns = both_of(dy.to(ctx.dtype), w.recipe[GRADIENT])
+        rows, dy_columns = both_of(dy.to(ctx.dtype).contiguous(), w.recipe[GRADIENT])
         if ctx.needs_input_grad[0]:
             dx = dgrad(rows, w.codes(), offsets, ctx.dtype)
         return dx, wgrad(w, lambda: dy_columns, columns, offsets), None, None, None, None

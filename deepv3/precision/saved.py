@@ -125,6 +125,6 @@ class Passed:
         """What the function before put; where it put nothing, `gradient` [R, D] in FP8."""
         rows, self._rows = self._rows, None
         if rows is None:
-            return rows_of(gradient, self.format)
+            return rows_of(gradient.contiguous(), self.format)
         used_here(rows)
         return rows
