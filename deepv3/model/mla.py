@@ -159,7 +159,7 @@ class _Dropped(saved_tensors_hooks):
 
     def __init__(self, tensors: tuple[Tensor, ...], again: Remade | None, replaceable: bool) -> None:
         self.again = again if torch.is_grad_enabled() else None
-        self.active = self.again is not None or replaceable
+        self.active, self.replaceable = self.again is not None or replaceable, replaceable
         self.places = {_identity(tensor.transpose(1, 2)): index for index, tensor in enumerate(tensors)}
         self.others: list[list[Callable[[], Tensor]]] = []
         super().__init__(self._pack, lambda saved: saved[0]())
@@ -175,8 +175,10 @@ class _Dropped(saved_tensors_hooks):
     def _pack(self, tensor: Tensor) -> list[Callable[[], Tensor]]:
         index = self.places.get(_identity(tensor))
         if self.again is None or index is None:
-            self.others.append([Kept(tensor)])  # detached: the tensor itself would tie the graph's output to the graph
-            return self.others[-1]
+            kept: list[Callable[[], Tensor]] = [Kept(tensor)]  # detached: itself, it would tie the output to its graph
+            if self.replaceable:  # else this object, which is in a cycle, would hold it until the next collection
+                self.others.append(kept)
+            return kept
         source = self.again.reserve()
         return [lambda: source()[index].transpose(1, 2)]
 

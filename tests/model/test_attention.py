@@ -1,5 +1,7 @@
 """Latent attention: what each token may see, which core runs, what is shared."""
 
+import gc
+
 import naive_model
 import pytest
 import small_model as small
@@ -115,3 +117,23 @@ def test_cudnn_serves_the_head_dims_of_v3_and_agrees_with_the_plain_formula(agai
     assert small.distance(out.float(), expected) < 1e-2
     for leaf, reference in zip(leaves, wide):
         assert small.distance(leaf.grad.float(), reference.grad) < 2e-2
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_step_leaves_no_tensor_for_the_garbage_collector(recompute):
+    """On a GPU, what waits for a collection is memory that the next micro-batch lacks."""
+    cfg = small.config()
+    model, rows = small.build(cfg, recompute=recompute), small.tokens(cfg)
+    small.backward(model, rows)
+    gc.collect()
+    gc.disable()
+    try:
+        before = _tensors()
+        small.backward(model, rows)
+        assert _tensors() == before
+    finally:
+        gc.enable()
+
+
+def _tensors() -> int:
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
