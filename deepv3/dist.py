@@ -201,9 +201,19 @@ def init_distributed(cfg: Config) -> Grid:
     if not dist.is_initialized():
         if world_size == 1:
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            options |= {"store": _store_of_this_attempt(world_size), "rank": rank, "world_size": world_size}
         dist.init_process_group(timeout=DEVICE_TIMEOUT, **options)
     _require_same_config(cfg, grid)
     return grid
+
+
+def _store_of_this_attempt(world_size: int) -> dist.Store:
+    """torchrun's store, under a name of this attempt: it outlives a restart, and ranks would connect to dead ones'
+    addresses (torch 2.13, `torchrun --standalone --max-restarts`)."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{world_size}"
+    return dist.PrefixStore(attempt, dist.TCPStore(host, port, is_master=False, timeout=DEVICE_TIMEOUT))
 
 
 def shutdown() -> None:

@@ -146,6 +146,8 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"grid {manifest.grid}")
     if manifest.counters.keys() != {"applied_steps", "skipped_steps"} or not manifest.clients:
         raise ValueError(f"counters {manifest.counters}, {len(manifest.clients)} clients")
+    if any(not 0 <= count < 2**63 for count in (manifest.step, *manifest.counters.values())):
+        raise ValueError(f"step {manifest.step}, counters {manifest.counters}")
     for shard in manifest.shards:
         if not SHARD.fullmatch(shard.name):
             raise ValueError(f"{shard.name!r} is no shard's name")

@@ -13,6 +13,7 @@ come in the stream's order. A stream shorter than a few documents per lane repea
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Reader:
         self._source, self._encoder, self._part = source, encoder, part
         self._cache_dir, self._stop, self._say = cache_dir, stop, say
         self.bad = 0
-        self.passes = 0  # over the whole stream, begun since this reader was made
+        self.passes, self.length = 0, 1  # over the whole stream since this reader was made; documents in the last one
         self._notes: deque[State] = deque()
         self.go_back({"ordinal": 0, "index": 0, "dataset": None})
 
@@ -92,7 +93,7 @@ class Reader:
                 f"for {self._part} ({self._index:,} read, {self.bad:,} bad so far); look at its field, or at "
                 "data.validation_fraction"
             )
-        self.passes += 1
+        self.passes, self.length = self.passes + 1, max(1, self._index)
         self._dataset = self._source.documents(self._cache_dir)
         self._rows, self._index, self._useful = iter(self._dataset), 0, False
 
@@ -171,9 +172,11 @@ class Lanes:
         passes = self._reader.passes
         while lane.held < self._shape.length:
             if not lane.waiting:
-                if self._reader.passes > passes + LANES:  # by then every document has met every lane that it can meet
+                if (
+                    self._reader.passes > passes + LANES // gcd(LANES, self._reader.length) + 1
+                ):  # each met all it can meet
                     raise DataError(
-                        f"{self._reader.label}: {LANES} passes over the stream gave lane {n % LANES} no document: too "
+                        f"{self._reader.label}: {self._reader.passes - passes} passes over the stream gave lane {n % LANES} no document: too "
                         "few can be used; give more documents, or set the source's streaming=false"
                     )
                 self._read()

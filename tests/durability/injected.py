@@ -14,6 +14,7 @@ build:seconds=X           building the data takes X seconds longer; run_dir/buil
 import hashlib
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -108,6 +109,15 @@ def _bug(rank: str, step: str) -> None:
             raise KeyError("a mistake of ours")
 
     _before_step(raises)
+
+
+def _die(rank: str, step: str) -> None:
+    def dies(run, plan, batches):
+        if _mine(rank) and plan.step == int(step):
+            time.sleep(1.5)  # the save before it is published by now
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _before_step(dies)
 
 
 def _build(seconds: str) -> None:

@@ -202,3 +202,25 @@ def test_a_run_folder_that_cannot_be_written_is_refused_by_name(corpus, tmp_path
     job = jobs.start(tmp_path / "file/run", corpus, "train.steps=2")
     assert job.wait(30) == [2]
     assert "run_dir" in job.output() and "give another run_dir" in job.output() and "Traceback" not in job.output()
+
+
+# -- other numbers of ranks --------------------------------------------------------------------------------------------
+
+
+def test_fewer_and_more_ranks_go_on_with_the_same_samples(tmp_path, corpus):
+    """Two ranks, then one, then four: sample by sample the run of one rank that was never stopped."""
+    batch = ("train.global_batch_size=8", "checkpoint.every=0", "train.micro_batch_size=1")
+    for name, stages in (("changing", ((2, 3), (1, 6), (4, 9))), ("calm", ((1, 9),))):
+        for world, steps in stages:
+            fault = f"log:path={tmp_path / name}-{world}"
+            job = jobs.start(tmp_path / name, corpus, *batch, f"train.steps={steps}", world=world, fault=fault)
+            assert job.wait(120) == [0] * world, job.output()
+    drawn: dict[int, list[str]] = {}
+    for world in (2, 1, 4):
+        ranks = [jobs.samples(tmp_path / f"changing-{world}-{rank}") for rank in range(world)]
+        for step in ranks[0]:  # rank r has the samples n with n % world == r
+            assert step not in drawn
+            drawn[step] = [sha for row in zip(*(rank[step] for rank in ranks)) for sha in row]
+    assert drawn == jobs.samples(tmp_path / "calm-1-0")
+    for ours, theirs in zip(jobs.rows(tmp_path / "changing"), jobs.rows(tmp_path / "calm"), strict=True):
+        assert abs(ours["loss"] - theirs["loss"]) < 1e-4

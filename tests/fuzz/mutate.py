@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from deepv3.errors import DeepV3Error
 
-SECONDS = 20  # until a case counts as hung
+SECONDS = 60  # until a case counts as hung
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:
