@@ -220,6 +220,11 @@ def _train(cfg: Config) -> Iterator[str]:
     train = cfg.train
     if train.steps is None and train.tokens is None:
         yield "train.steps and train.tokens are both null, so the run has no end; set one of them"
+    if train.spike == "rewind" and not cfg.checkpoint.every:
+        yield (
+            f"train.spike = rewind winds back to the state of the last save, and checkpoint.every = "
+            f"{cfg.checkpoint.every} never saves under way; set checkpoint.every=N steps or train.spike=warn"
+        )
     ramp = train.batch_ramp
     if ramp is not None and ramp.end < ramp.start:
         yield f"train.batch_ramp.end = {ramp.end} is below its start = {ramp.start}; a batch only grows"

@@ -172,12 +172,11 @@ class Lanes:
         passes = self._reader.passes
         while lane.held < self._shape.length:
             if not lane.waiting:
-                if (
-                    self._reader.passes > passes + LANES // gcd(LANES, self._reader.length) + 1
-                ):  # each met all it can meet
+                met = self._reader.passes - passes  # after so many passes each document has met each lane that it can
+                if met > LANES // gcd(LANES, self._reader.length) + 1:
                     raise DataError(
-                        f"{self._reader.label}: {self._reader.passes - passes} passes over the stream gave lane {n % LANES} no document: too "
-                        "few can be used; give more documents, or set the source's streaming=false"
+                        f"{self._reader.label}: {met} passes over the stream gave lane {n % LANES} no document; "
+                        "give more that can be used, or set the source's streaming=false"
                     )
                 self._read()
                 continue

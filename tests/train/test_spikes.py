@@ -3,7 +3,12 @@
 import math
 import random
 
+import pytest
+
+from deepv3.config.compose import compose
 from deepv3.config.schema import TrainConfig
+from deepv3.config.validate import validate
+from deepv3.errors import ConfigError
 from deepv3.train.spikes import MIN_HISTORY, SpikeGuard
 
 
@@ -58,3 +63,11 @@ def test_the_window_goes_on_after_a_restart_even_with_another_length():
     assert other.look(6.0, 1.0) and len(other.state_dict()["loss"]) == 20
     other.load_state_dict({})
     assert other.look(6.0, 1.0) is None
+
+
+def test_winding_back_needs_saves_under_way():
+    cfg = compose(["+config=tiny", "train.spike=rewind", "checkpoint.every=0"])
+    with pytest.raises(ConfigError, match="train.spike = rewind .* checkpoint.every = 0 .* set checkpoint.every=N"):
+        validate(cfg, 1)
+    cfg.checkpoint.every = 10
+    validate(cfg, 1)
