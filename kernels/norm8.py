@@ -59,16 +59,18 @@ def _rmsnorm_fp8_kernel(
     )
     weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
     y = (x * rstd[:, None] * weight[None, :]).to(y_ptr.dtype.element_ty)
-    mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    out = rows.to(tl.int64)[:, None] * n_cols + cols[None, :]
+    wide_rows = rows.to(tl.int64)
     if OUTPUT:
-        tl.store(y_ptr + out, y, mask=mask)
+        mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+        tl.store(y_ptr + wide_rows[:, None] * n_cols + cols[None, :], y, mask=mask)
+    # Stored in another shape than x is loaded in: a lane's share of a load then follows x's format alone, as in
+    # `norm`, and both kernels add the squares in one order, to the same bits.
+    blocks, inner = tl.arange(0, COLS // 128)[None, :, None], tl.arange(0, 128)[None, None, :]
     codes, scale = encode(tl.reshape(y.to(tl.float32), (ROWS, COLS // 128, 128)), 2, POW2)
-    tl.store(codes_ptr + out, tl.reshape(codes, (ROWS, COLS)), mask=mask)
-    blocks = tl.arange(0, COLS // 128)
-    address = blocks[None, :] * scale_stride + rows[:, None]
-    inside = (rows < n_rows)[:, None] & (blocks * 128 < n_cols)[None, :]
-    tl.store(scales_ptr + address, tl.reshape(scale, (ROWS, COLS // 128)), mask=inside)
+    mask = (rows < n_rows)[:, None, None] & (blocks * 128 + inner < n_cols)
+    tl.store(codes_ptr + wide_rows[:, None, None] * n_cols + blocks * 128 + inner, codes, mask=mask)
+    mask = (rows < n_rows)[:, None, None] & (blocks * 128 < n_cols)
+    tl.store(scales_ptr + blocks * scale_stride + rows[:, None, None], scale, mask=mask)
 
 
 @triton.jit

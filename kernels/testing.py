@@ -16,6 +16,13 @@ FLUSH_BYTES = 512 << 20
 # (FP64: sums whose terms were made in FP32).
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-6, torch.bfloat16: 3e-3}
 
+# Of FP8 products, against FP64 of the dequantised operands. A tensor core's sums of 128 products have about 14 bits,
+# which is all an FP32 result is off by. Rounding to BF16 (8 bits) moves an element by up to 2^-8 of itself and so the
+# norm of any result by up to 2^-8. The error of many elements is random, uniform within half a step: its norm is at
+# most 2^-8 / sqrt(3), where all lie just above a power of two, and 1.7e-3 for normal values.
+PRODUCT_SUMS, ROUNDED_ELEMENT, ROUNDED_MANY = 1e-3, 2.0**-8, 2e-3
+MANY = 1000  # elements from which the norm of the rounding is near its mean
+
 
 def relative_norm(actual: Tensor, expected: Tensor) -> float:
     """|actual - expected| / |expected| in FP64; |actual| where nothing is expected; infinite if finiteness differs."""
@@ -28,6 +35,13 @@ def relative_norm(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.where(finite, 0.0), expected.where(finite, 0.0)
     norm = float(expected.norm())
     return float((actual - expected).norm()) / (norm if norm > 0 else 1.0)
+
+
+def product_tolerance(elements: int, dtype: torch.dtype) -> float:
+    """Relative error norm allowed of an FP8 product with so many elements in this format."""
+    if dtype == torch.float32:
+        return PRODUCT_SUMS
+    return ROUNDED_MANY if elements >= MANY else ROUNDED_ELEMENT + PRODUCT_SUMS
 
 
 def worst_block(actual: Tensor, expected: Tensor, size: int = 128) -> float:

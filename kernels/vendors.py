@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepv3.kernels.reference.quantise import round_up
+
 ROWS_OF_128 = (1, 1, 128)  # DeepGEMM's name for one scale per 1 x 128 in both operands
 
 
@@ -39,8 +41,10 @@ def _scaled_mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, b_block
 def cublas_mm(
     codes: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, offsets: None, dtype: torch.dtype
 ) -> Tensor:
-    """Dense only. Its 128 x 128 scales are handed over with the reduced dimension first."""
-    return _scaled_mm(codes, scales, weight, weight_scales.t(), F.ScalingType.BlockWise128x128, dtype)
+    """Dense only. Its 128 x 128 scales are handed over with the reduced dimension first, filling included."""
+    blocks, filled = weight_scales.shape[0], round_up(weight_scales.shape[1], 4)
+    whole = weight_scales.as_strided((blocks, filled), (weight_scales.stride(0), 1))
+    return _scaled_mm(codes, scales, weight, whole.t(), F.ScalingType.BlockWise128x128, dtype)
 
 
 def cublas_wgrad(

@@ -21,12 +21,13 @@ TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Built(NamedTuple):
-    """One compiled kernel: its name, registers per thread, bytes of shared memory, and its machine code."""
+    """One compiled kernel: its name, registers per thread, bytes of shared memory, machine code, and Triton's own."""
 
     name: str
     registers: int
     shared: int
     code: str
+    ttgir: str
 
     def count(self, pattern: str) -> int:
         """Instructions whose text matches the regular expression."""
@@ -36,6 +37,13 @@ class Built(NamedTuple):
     def spills(self) -> int:
         """Loads from and stores to local memory."""
         return self.count(r"\b(LDL|STL)\b")
+
+    @property
+    def reductions(self) -> list[str]:
+        """Shape and distribution over lanes of what every reduction reads, in order."""
+        layouts = dict(re.findall(r"^(#\w+) = (.*)$", self.ttgir, re.MULTILINE))
+        read = re.findall(r"\}\) : \(tensor<([^,>]*), (#\w+)>\) -> tensor<", self.ttgir)
+        return [f"{shape} {layouts[layout]}" for shape, layout in read]
 
 
 class _Target:
@@ -81,7 +89,7 @@ def _read(kernel) -> Built:
         code = _tool("nvdisasm", "-c", str(path))
         usage = _tool("cuobjdump", "-res-usage", str(path))
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    return Built(kernel.metadata.name, registers, kernel.metadata.shared, code)
+    return Built(kernel.metadata.name, registers, kernel.metadata.shared, code, kernel.asm["ttgir"])
 
 
 def _tool(name: str, *args: str) -> str:

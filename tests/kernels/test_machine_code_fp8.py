@@ -80,6 +80,18 @@ def test_streaming_kernels_move_16_bytes_at_a_time_and_do_not_spill(case):
             assert built.count(r"F2FP\.SATFINITE\.E4M3\.F32\.PACK_AB") >= 8
 
 
+@pytest.mark.parametrize(("make", "width"), [(bf16, 7168), (bf16, 1408), (bf16, 128), (fp32, 2048)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_norm_adds_its_squares_in_the_same_order_with_quantisation_as_without(residual, make, width):
+    """Equal bits by construction: the sum over a row is distributed over the lanes in the same way."""
+    added = make(T, width) if residual else None
+    args = make(T, width), make(width), 1e-6, added
+    (plain,) = build("rmsnorm", *args)
+    for output in (False, True):
+        (fused,) = build("rmsnorm_fp8", *args, True, output)
+        assert fused.reductions[0] == plain.reductions[0]
+
+
 # Operands of the GEMMs at R rows and 4 experts: product and weight gradient of the gate and up matrices.
 GROUPS, N, K = 4, 4096, 7168
 PRODUCT = (bf16(R, N), *rows8(R, K), codes(GROUPS, N, K), fp32(GROUPS, 32, 56), int32(GROUPS))
