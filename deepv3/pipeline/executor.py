@@ -109,6 +109,8 @@ class Executor:
         self.model.eval()
         out = self._walk(self.schedule(count, training=False), batches, Scales(loss_scale, 0.0), lambda chunk: None)
         self.model.train()
+        self.take_timeline()  # the next step reports its own time and load
+        self.model.dispatcher.take_load()
         return out
 
     def take_timeline(self) -> Timeline:

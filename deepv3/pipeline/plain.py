@@ -58,6 +58,7 @@ class PlainExecutor:
             total.add_(_figures(self._forward(batch, loss_scale, 0.0)))
             count -= 1
         self.model.train()
+        self.model.dispatcher.take_load()  # the next step reports its own
         assert count == 0, "validation was promised another number of micro-batches"
         return total
 

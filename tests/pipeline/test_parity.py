@@ -247,3 +247,14 @@ ALL = [
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_every_layout_equals_one_process(case):
     compare(together(ranks.run(case.world, train, case)), reference(case), 1e-9)
+
+
+def _times_after_validation(case: Case) -> dict[str, float]:
+    trainer = Trainer(case)
+    trainer.validate()
+    return trainer.executor.take_timeline().fields() | {"rows": trainer.model.dispatcher.take_load().rows}
+
+
+def test_validation_leaves_nothing_in_the_next_step_s_times_and_load():
+    for found in ranks.run(2, _times_after_validation, Case("dualpipev", 2)):
+        assert set(found.values()) == {0}
