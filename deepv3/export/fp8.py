@@ -1,9 +1,9 @@
 """FP8 in the released format: E4M3 matrices in blocks of 128 x 128, an FP32 scale each, named ``<weight>_scale_inv``.
 
 weight = code * scale, scale = amax(block) / 448; the format calls the multiplier an inverse. The quantiser is the
-kernels', from the FP32 masters (FP8 training itself quantises the BF16 weights, docs/numerics.md). Quantised are the matrices
-of attention and feed-forward, those of the MTP layers included; embeddings, heads, routers and eh_proj stay BF16, as in
-the release.
+kernels', from the FP32 masters (FP8 training itself quantises the BF16 weights, docs/numerics.md). Quantised are the
+matrices of attention and feed-forward, those of the MTP layers included; embeddings, heads, routers and eh_proj stay
+BF16, as in the release.
 """
 
 from collections.abc import Sequence
