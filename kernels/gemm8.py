@@ -43,14 +43,15 @@ def _wgrad(launch: Callable[..., None], tile: Any) -> Backend:
 
 
 def _gluon() -> tuple[dict[str, Backend], dict[str, Backend]]:
-    """(products, weight gradients) in Gluon; none, with one warning, where its language is another."""
+    """(products, weight gradients) in Gluon; none, with one warning on a CUDA machine, where its language is another."""
     if INTERPRETED.value:
         return {}, {}
     if not triton.__version__.startswith(GLUON_FOR):
-        warnings.warn(
-            f"FP8 GEMMs in Gluon are for Triton {GLUON_FOR}x, this is {triton.__version__}: plain Triton runs instead",
-            stacklevel=2,
-        )
+        if torch.cuda.is_available():
+            warnings.warn(
+                f"FP8 GEMMs in Gluon are for Triton {GLUON_FOR}x, this is {triton.__version__}: plain Triton runs",
+                stacklevel=2,
+            )
         return {}, {}
     gluon8 = importlib.import_module("deepv3.kernels.gluon8")
     gluon8_wgrad = importlib.import_module("deepv3.kernels.gluon8_wgrad")

@@ -195,3 +195,9 @@ def test_extras_and_markers_of_the_node_decide_what_is_needed(wheelhouse, monkey
     monkeypatch.setattr(wheelhouse, "distribution", lambda name: type("D", (), {"requires": metadata[name]}))
     assert wheelhouse.closure(["a"], "3.12", "x86_64") == {"a", "b", "d"}
     assert wheelhouse.closure(["a"], "3.11", "x86_64") == {"a", "b", "c", "d"}
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    """pytest takes two files of one name for one module."""
+    names = [file.name for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
