@@ -43,7 +43,7 @@ def _wgrad(launch: Callable[..., None], tile: Any) -> Backend:
 
 
 def _gluon() -> tuple[dict[str, Backend], dict[str, Backend]]:
-    """(products, weight gradients) in Gluon; none, with one warning on a CUDA machine, where its language is another."""
+    """(products, weight gradients) in Gluon; none, and on a CUDA machine one warning, where its language differs."""
     if INTERPRETED.value:
         return {}, {}
     if not triton.__version__.startswith(GLUON_FOR):
