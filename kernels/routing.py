@@ -1,10 +1,11 @@
 """Tables that sort rows by expert, the copy to that order and the sum back: Triton kernels.
 
-Tables, by counting, in three launches whose work grows with the pairs (blocks of 256 (token, choice) pairs):
-1. Each block counts its pairs per expert: histograms [blocks, E]. Rows of the sorted order are marked as empty.
-2. Each expert's column becomes its running total over the earlier blocks; its last value is the expert's count.
-3. An expert's first row is the sum of the (filled up) counts before it. A pair's row is that, plus its expert's pairs
-   in earlier blocks, plus those before it in its own block, found by comparing all pairs of the block.
+Tables, by counting, in two launches whose work grows with the pairs (blocks of 256 (token, choice) pairs), shared by at
+most 128 programs:
+1. Each program counts its pairs per expert: histograms [programs, E]. Rows of the sorted order are marked as empty.
+2. Each program adds up the histograms: all are an expert's count, those of earlier programs what lies before. An
+   expert's first row is the sum of the (filled up) counts before it. A pair's row is that, plus its expert's pairs in
+   earlier blocks, plus those before it in its own block, found by comparing all pairs of the block.
 No atomics: tables are the same in every run, and tokens keep their order within an expert.
 """
 
@@ -17,8 +18,10 @@ from deepv3.kernels.checks import ACTIVATIONS, INT32, block, check
 from deepv3.kernels.reference.routing import row_bound
 
 PAIRS = 256
-COMPARED = 32
-TOTALLED = 8  # experts of a program of the running totals
+COMPARED = 64
+PROGRAMS = 128  # histograms that every program reads: few
+SUMMED = 16384  # counts a program has under way: 64 a lane
+BLOCKS = 127  # of a program at most, so that its counts fit 16 bits
 COPY_ELEMENTS = 4096
 
 
@@ -30,72 +33,80 @@ def _histogram_kernel(
     n_pairs,
     n_experts,
     n_slots,
+    blocks,
     PAIRS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    pairs = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
-    expert = tl.load(indices_ptr + pairs, mask=pairs < n_pairs, other=-1)
-    counts = tl.histogram(tl.maximum(expert, 0), EXPERTS, mask=expert >= 0)
+    counts = tl.zeros((EXPERTS,), dtype=tl.int32)
+    for this in range(tl.program_id(0) * blocks, tl.program_id(0) * blocks + blocks):
+        pairs = this * PAIRS + tl.arange(0, PAIRS)
+        expert = tl.load(indices_ptr + pairs, mask=pairs < n_pairs, other=-1)
+        counts += tl.histogram(tl.maximum(expert, 0), EXPERTS, mask=expert >= 0)
     experts = tl.arange(0, EXPERTS)
-    tl.store(histogram_ptr + tl.program_id(0) * n_experts + experts, counts, mask=experts < n_experts)
+    place = histogram_ptr + tl.program_id(0) * n_experts + experts
+    tl.store(place, counts.to(tl.int16), mask=experts < n_experts)
     for first in range(tl.program_id(0) * PAIRS, n_slots, tl.num_programs(0) * PAIRS):
         slots = first + tl.arange(0, PAIRS)
         tl.store(token_of_slot_ptr + slots, tl.full((PAIRS,), -1, tl.int32), mask=slots < n_slots)
 
 
 @triton.jit
-def _totals_kernel(histogram_ptr, counts_ptr, n_blocks, n_experts, BLOCKS: tl.constexpr, TOTALLED: tl.constexpr):
-    experts = tl.program_id(0) * TOTALLED + tl.arange(0, TOTALLED)
-    total = tl.zeros((TOTALLED,), dtype=tl.int32)
-    for first in range(0, n_blocks, BLOCKS):
-        blocks = first + tl.arange(0, BLOCKS)
-        places = histogram_ptr + blocks[:, None] * n_experts + experts[None, :]
-        real = (blocks < n_blocks)[:, None] & (experts < n_experts)[None, :]
-        part = tl.load(places, mask=real, other=0)
-        tl.store(places, total[None, :] + tl.cumsum(part, axis=0) - part, mask=real)
-        total += tl.sum(part, axis=0)
-    tl.store(counts_ptr + experts, total, mask=experts < n_experts)
-
-
-@triton.jit
-def _slots_kernel(
-    indices_ptr,
-    totals_ptr,
-    counts_ptr,
-    slot_of_token_ptr,
-    token_of_slot_ptr,
-    offsets_ptr,
-    n_pairs,
-    n_experts,
-    top_k,
-    align,
-    PAIRS: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    COMPARED: tl.constexpr,
-):
-    this = tl.program_id(0)
+def _rank_in_block(indices_ptr, this, expert, n_pairs, PAIRS: tl.constexpr, COMPARED: tl.constexpr):
+    """How many earlier pairs of the block have the same expert."""
     places = tl.arange(0, PAIRS)
-    pairs = this * PAIRS + places
-    expert = tl.load(indices_ptr + pairs, mask=pairs < n_pairs, other=-1)
-
-    experts = tl.arange(0, EXPERTS)
-    counts = tl.load(counts_ptr + experts, mask=experts < n_experts, other=0)
-    before = tl.load(totals_ptr + this * n_experts + experts, mask=experts < n_experts, other=0)
-    filled = (counts + align - 1) // align * align
-    offsets = tl.cumsum(filled, axis=0)
-    if this == 0:
-        tl.store(offsets_ptr + experts, offsets, mask=experts < n_experts)
-    base = offsets - filled + before
-
     rank = tl.zeros((PAIRS,), dtype=tl.int32)
     for first in range(0, PAIRS, COMPARED):
         earlier = first + tl.arange(0, COMPARED)
         other = tl.load(indices_ptr + this * PAIRS + earlier, mask=this * PAIRS + earlier < n_pairs, other=-1)
         same = (other[:, None] == expert[None, :]) & (earlier[:, None] < places[None, :])
         rank += tl.sum(same.to(tl.int32), axis=0)  # along the axis a lane holds whole
-    slot = tl.where(expert >= 0, tl.gather(base, tl.maximum(expert, 0), 0) + rank, -1)
-    tl.store(slot_of_token_ptr + pairs, slot, mask=pairs < n_pairs)
-    tl.store(token_of_slot_ptr + slot, pairs // top_k, mask=expert >= 0)
+    return rank
+
+
+@triton.jit
+def _slots_kernel(
+    indices_ptr,
+    histogram_ptr,
+    slot_of_token_ptr,
+    token_of_slot_ptr,
+    offsets_ptr,
+    counts_ptr,
+    n_pairs,
+    n_experts,
+    top_k,
+    align,
+    blocks,
+    PAIRS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    COMPARED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    counts = tl.zeros((EXPERTS,), dtype=tl.int32)
+    before = tl.zeros((EXPERTS,), dtype=tl.int32)
+    for first in range(0, tl.num_programs(0), ROWS):
+        rows = first + tl.arange(0, ROWS)
+        real = (rows < tl.num_programs(0))[:, None] & (experts < n_experts)[None, :]
+        part = tl.load(histogram_ptr + rows[:, None] * n_experts + experts[None, :], mask=real, other=0).to(tl.int32)
+        counts += tl.sum(part, axis=0)
+        before += tl.sum(tl.where((rows < program)[:, None], part, 0), axis=0)
+    filled = (counts + align - 1) // align * align
+    offsets = tl.cumsum(filled, axis=0)
+    if program == 0:
+        tl.store(offsets_ptr + experts, offsets, mask=experts < n_experts)
+        tl.store(counts_ptr + experts, counts, mask=experts < n_experts)
+    base = offsets - filled + before
+
+    for this in range(program * blocks, program * blocks + blocks):
+        pairs = this * PAIRS + tl.arange(0, PAIRS)
+        expert = tl.load(indices_ptr + pairs, mask=pairs < n_pairs, other=-1)
+        rank = _rank_in_block(indices_ptr, this, expert, n_pairs, PAIRS, COMPARED)
+        slot = tl.where(expert >= 0, tl.gather(base, tl.maximum(expert, 0), 0) + rank, -1)
+        tl.store(slot_of_token_ptr + pairs, slot, mask=pairs < n_pairs)
+        tl.store(token_of_slot_ptr + slot, pairs // top_k, mask=expert >= 0)
+        if this + 1 < program * blocks + blocks:
+            base += tl.histogram(tl.maximum(expert, 0), EXPERTS, mask=expert >= 0)
 
 
 @triton.jit
@@ -157,30 +168,31 @@ def routing_tables(indices: Tensor, n_experts: int, align: int = 1) -> tuple[Ten
     if n_pairs == 0:
         offsets, counts = torch.zeros((2, n_experts), dtype=torch.int32, device=device)
         return slot_of_token, token_of_slot, offsets, counts
-    offsets = torch.empty(n_experts, dtype=torch.int32, device=device)
-    counts = torch.empty_like(offsets)
-    blocks, experts = triton.cdiv(n_pairs, PAIRS), max(2, triton.next_power_of_2(n_experts))
-    totals = torch.empty((blocks, n_experts), dtype=torch.int32, device=device)
-    _histogram_kernel[(blocks,)](
-        indices, totals, token_of_slot, n_pairs, n_experts, n_slots, PAIRS=PAIRS, EXPERTS=experts
+    offsets, counts = torch.empty((2, n_experts), dtype=torch.int32, device=device).unbind()
+    experts = max(2, triton.next_power_of_2(n_experts))
+    all_blocks = triton.cdiv(n_pairs, PAIRS)
+    blocks = min(BLOCKS, triton.cdiv(all_blocks, PROGRAMS))
+    programs = triton.cdiv(all_blocks, blocks)
+    histogram = torch.empty((programs, n_experts), dtype=torch.int16, device=device)
+    _histogram_kernel[(programs,)](
+        indices, histogram, token_of_slot, n_pairs, n_experts, n_slots, blocks, PAIRS=PAIRS, EXPERTS=experts
     )
-    _totals_kernel[(triton.cdiv(n_experts, TOTALLED),)](
-        totals, counts, blocks, n_experts, BLOCKS=min(256, triton.next_power_of_2(blocks)), TOTALLED=TOTALLED
-    )
-    _slots_kernel[(blocks,)](
+    _slots_kernel[(programs,)](
         indices,
-        totals,
-        counts,
+        histogram,
         slot_of_token,
         token_of_slot,
         offsets,
+        counts,
         n_pairs,
         n_experts,
         indices.shape[1],
         align,
+        blocks,
         PAIRS=PAIRS,
         EXPERTS=experts,
         COMPARED=COMPARED,
+        ROWS=max(1, min(PROGRAMS, SUMMED // experts)),
         num_warps=8,
     )
     return slot_of_token, token_of_slot, offsets, counts

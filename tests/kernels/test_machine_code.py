@@ -84,8 +84,8 @@ def test_router_and_tables_build_without_spills(experts):
     built += build("router_topk_backward", fp32(T, 8), logits, int32(T, 8), 2.5)
     built += build("balance_loss_backward", fp32(2), logits, 8, 4096)
     built += build("routing_tables", int32(T, 8), experts)
-    assert len(built) == 7
-    assert [part.spills for part in built] == [0] * 7
+    assert len(built) == 6
+    assert [part.spills for part in built] == [0] * 6
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

@@ -8,7 +8,7 @@ from inputs import Maker, kernel
 from inputs8 import assert_same, hard_values, make, same_bits
 
 import deepv3.kernels as kernels
-from deepv3.kernels import triton8
+from deepv3.kernels import routing, triton8
 from deepv3.kernels.reference.e5m6 import e5m6_values
 from deepv3.kernels.testing import relative_norm
 
@@ -90,6 +90,13 @@ def test_routing_tables_with_filling_and_absent_choices_equal_the_reference(toke
     indices = m.choices(tokens, experts, top_k)
     same_bits("routing_tables", indices, experts, align)
     same_bits("routing_tables", indices.where(m.fp32(tokens, top_k) > 0, -1), experts, align)
+
+
+@pytest.mark.parametrize(("programs", "summed"), [(2, 16), (3, 64)])
+def test_routing_tables_of_many_blocks_a_program_equal_the_reference(programs, summed, monkeypatch):
+    monkeypatch.setattr(routing, "PROGRAMS", programs)
+    monkeypatch.setattr(routing, "SUMMED", summed)
+    same_bits("routing_tables", Maker(6, torch.float32).choices(300, 8, 6), 8, 128)
 
 
 def test_absent_rows_are_zeros_and_add_nothing():
