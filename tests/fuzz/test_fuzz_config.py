@@ -82,7 +82,7 @@ def test_no_command_line_ends_in_a_foreign_error():
 
 
 def test_no_config_file_ends_in_a_foreign_error(tmp_path):
-    outcomes = trials(range(30), functools.partial(_file, tmp_path))
+    outcomes = trials(range(60), functools.partial(_file, tmp_path))
     assert outcomes["ConfigError"] > 10 and outcomes["works"] > 2
 
 
