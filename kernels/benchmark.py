@@ -1,8 +1,8 @@
 """Every kernel at the shapes of mini and of V3 (671B), timed beside torch in one run on the current CUDA device.
 
-`rows()` gives dictionaries, `table()` markdown, `tile_table()` the candidates for the grouped weight gradient;
-`python -m deepv3.kernels.benchmark` prints them after the FP8 kernels' checks and tables (`benchmark8`). A row's
-floor is max(bytes / copy bandwidth, FLOP / BF16 rate), both measured first, in the same run: bytes are those that must
+`rows()` gives dictionaries, `table()` markdown, `tile_table()` the candidates for the grouped weight gradient,
+`report()` all of it after the FP8 kernels' checks and tables (`benchmark8`): `python -m deepv3.kernels.benchmark`. A
+row's floor is max(bytes / copy bandwidth, FLOP / BF16 rate), both measured first, in the same run: bytes are those that must
 move once, the rate is cuBLAS on 8192^3. Inputs are random, L2 is cold.
 """
 
@@ -244,13 +244,18 @@ def tile_table() -> str:
     return "\n".join(lines)
 
 
+def report(every: bool = False) -> Iterator[str]:
+    """All tables as they are made. FP8 first: its implementations are checked before anything is timed."""
+    yield benchmark8.check(every)
+    yield benchmark8.table(every)
+    yield tile_table()
+    yield table()
+
+
 def main() -> None:
-    """FP8 first: its implementations are checked before anything is timed. `every` as argument: Gluon in any case."""
-    every = sys.argv[1:] == ["every"]
-    print(benchmark8.check(every), flush=True)
-    print(benchmark8.table(every), flush=True)
-    print(tile_table(), flush=True)
-    print(table())
+    """`every` as argument: Gluon with a version of Triton too with which it has not passed its tests."""
+    for part in report(sys.argv[1:] == ["every"]):
+        print(part, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from triton import knobs
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 E4M3_MAX = tl.constexpr(448.0)
-SMALLEST_AMAX = tl.constexpr(1e-4)
-PAD_SCALE = tl.constexpr(2.0**-22)
+SMALLEST_AMAX = tl.constexpr(2.0**-80)
+PAD_SCALE = tl.constexpr(2.0**-88)
 
 
 @triton.jit

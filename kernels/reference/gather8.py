@@ -5,11 +5,11 @@ from torch import Tensor
 
 from deepv3.kernels.reference.quantise import E4M3, dequantise_rows, quantise_columns, row_scales
 
-PAD_SCALE = 2.0**-22  # of a row that is not there: the power of two above 1e-4 / 448
+PAD_SCALE = 2.0**-88  # of a row that is not there: the power of two above 2^-80 / 448
 
 
 def permute_fp8(codes: Tensor, scales: Tensor, token_of_slot: Tensor) -> tuple[Tensor, Tensor]:
-    """`permute` of quantised rows: row r is row token_of_slot[r]; where that is -1, codes 0 and scale 2^-22.
+    """`permute` of quantised rows: row r is row token_of_slot[r]; where that is -1, codes 0 and scale 2^-88.
 
     codes: [T, K] E4M3; scales: [T, Kb]; token_of_slot: [R] int32. Returns codes [R, K] and scales [R, Kb].
     """

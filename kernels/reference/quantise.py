@@ -1,6 +1,6 @@
 """E4M3 codes with one scale per 1x128, 128x1 or 128x128 block (V3 3.3.2), and back: plain torch.
 
-Every quantiser is `encode`: amax of the block in FP32, clamped to 1e-4; scale = amax / 448; code = the E4M3 nearest to
+Every quantiser is `encode`: amax of the block in FP32, at least 2^-80; scale = amax / 448; code = the E4M3 nearest to
 x * (448 / amax), ties to even. With `pow2` the scale is rounded up to a power of two: then a block can be quantised
 again along its other side without a second rounding. docs/numerics.md has the edge cases.
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
-SMALLEST_AMAX = 1e-4  # a block of zeros has scale 1e-4 / 448
+SMALLEST_AMAX = 2.0**-80  # of a block of zeros; far below the gradients of a batch of 10^8 tokens (1e-10)
 BLOCK = 128
 
 

@@ -26,7 +26,7 @@ def through_fp8(x: Tensor, high: int, wide: int, pow2: bool = False) -> Tensor:
         for left in range(0, x.shape[1], wide):
             where = slice(top, top + high), slice(left, left + wide)
             block = x[where].float()
-            amax = block.abs().max().clamp_min(1e-4)
+            amax = block.abs().max().clamp_min(2.0**-80)
             scale, inverse = amax / torch.tensor(448.0), torch.tensor(448.0) / amax
             if pow2:
                 scale = torch.exp2(torch.ceil(torch.log2(scale.double()))).float()

@@ -75,6 +75,17 @@ def test_loss_and_gradients_are_as_near_as_four_bits_allow(exact):
         assert cosine > 0.9, name
 
 
+def test_gradients_do_not_depend_on_the_size_of_the_batch():
+    """The objective is divided by the tokens of the global batch, 6e7 for V3: a power of two must go through unseen."""
+    found = []
+    for scale in (1.0, 2.0**-27):
+        model = small.build(CFG, dtype=torch.bfloat16, recompute="selective", recipe=recipe_of(fp8(CFG)))
+        small.use_main_grads(model)
+        model(ROWS, scale / 80, 0.3).objective.backward()
+        found.append({name: gradient / scale for name, gradient in small.gradients(model).items()})
+    assert mean_distance(found[1], found[0]) < 1e-6
+
+
 def test_recompute_gives_the_same_bits_and_all_of_it_nearly():
     """Under "full" no attention output is kept, so none is rounded to 12 bits."""
     loss, kept = trained("fp8", "none")

@@ -1,6 +1,5 @@
 """Votes, signals, and which errors are another rank's fault."""
 
-import signal
 import subprocess
 import sys
 import textwrap
