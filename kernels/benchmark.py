@@ -2,8 +2,8 @@
 
 `rows()` gives dictionaries, `table()` markdown, `tile_table()` the candidates for the grouped weight gradient,
 `report()` all of it after the FP8 kernels' checks and tables (`benchmark8`): `python -m deepv3.kernels.benchmark`. A
-row's floor is max(bytes / copy bandwidth, FLOP / BF16 rate), both measured first, in the same run: bytes are those that must
-move once, the rate is cuBLAS on 8192^3. Inputs are random, L2 is cold.
+row's floor is max(bytes / copy bandwidth, FLOP / BF16 rate), both measured first, in the same run: bytes are those that
+must move once, the rate is cuBLAS on 8192^3. Inputs are random, L2 is cold.
 """
 
 import sys

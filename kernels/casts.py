@@ -42,23 +42,28 @@ def from_e4m3(codes):
 
 @triton.jit
 def scale_of(amax, POW2: tl.constexpr, LARGEST: tl.constexpr):
-    """(scale, its inverse) of blocks with these largest magnitudes; see `reference.quantise.scale_of`."""
+    """(scale, its inverse) of blocks with these largest magnitudes; see `reference.quantise.scale_of`.
+
+    A power of two needs no division: the quotient's exponent is the difference of the exponents, rounded up by one more
+    where amax has the larger mantissa.
+    """
     amax = tl.maximum(amax, SMALLEST_AMAX)
     largest = tl.full(amax.shape, LARGEST, tl.float32)
-    scale = tl.div_rn(amax, largest)
     if POW2:
-        bits = scale.to(tl.int32, bitcast=True)
-        exponent = (bits >> 23) + tl.where((bits & 0x7FFFFF) != 0, 1, 0)
-        scale = (exponent << 23).to(tl.float32, bitcast=True)
-        return scale, tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), scale)
+        bits, top = amax.to(tl.int32, bitcast=True), largest.to(tl.int32, bitcast=True)
+        exponent = (bits >> 23) - (top >> 23) + tl.where((bits & 0x7FFFFF) > (top & 0x7FFFFF), 128, 127)
+        infinite = bits == 0x7F800000
+        scale = tl.where(infinite, bits, exponent << 23)
+        inverse = tl.where(infinite, 0, (254 - exponent) << 23)
+        return scale.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
     else:
-        return scale, tl.div_rn(largest, amax)
+        return tl.div_rn(amax, largest), tl.div_rn(largest, amax)
 
 
 @triton.jit
 def magnitude(x):
-    """|x|, NaN as zero."""
-    return tl.where(x == x, tl.abs(x), 0.0)
+    """|x|; NaN as zero in the interpreter. A GPU's maximum takes the other number, and `scale_of` the smallest amax."""
+    return tl.where(x == x, tl.abs(x), 0.0) if INTERPRETED else tl.abs(x)
 
 
 @triton.jit

@@ -80,6 +80,16 @@ def test_every_e5m6_number_survives_packing():
     assert torch.equal(kernels.e5m6_unpack.__wrapped__(packed, scales, torch.float32), values)
 
 
+def test_power_of_two_scales_without_division_are_those_of_the_rounded_quotient():
+    """Amax of every exponent, mantissas beside those of 448 and of 65024, which is E5M6's largest."""
+    mantissas = torch.tensor([0, 1, 0x5FFFFF, 0x600000, 0x600001, 0x7DFFFF, 0x7E0000, 0x7E0001, 0x7FFFFF])
+    amax = ((torch.arange(255)[:, None] << 23) + mantissas).flatten().int().view(torch.float32)
+    x = torch.zeros(len(amax) + 1, 128)
+    x[:-1, 5], x[-1, 7] = amax, float("inf")
+    same_bits("quantise_rows", x, True)
+    same_bits("e5m6_pack", x)
+
+
 TABLES = [(200, 16, 6), (40, 256, 8), (1, 3, 2), (600, 5, 1), (33, 8, 2)]
 
 
