@@ -11,6 +11,7 @@ leave through shared memory, written while the next tile is multiplied.
 Not in Triton's interpreter: tests run this source as Python instead, with threads for partitions.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -214,15 +215,39 @@ def mm_kernel(
     )
 
 
-def matrix(tensor: Tensor, block: list[int]) -> Any:
-    layout = gl.NVMMASharedLayout.get_default_for(block, GL[tensor.dtype])
-    return TensorDescriptor(tensor, list(tensor.shape), [tensor.stride(0), 1], block, layout)
+class Address(NamedTuple):
+    """What a descriptor needs of a tensor: kept descriptors keep no memory."""
+
+    pointer: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+@functools.lru_cache(maxsize=4096)
+def _described(base: Address, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]) -> Any:
+    if len(block) == 1:
+        layout = gl.NVMMASharedLayout(0, 32, rank=1)
+    else:
+        layout = gl.NVMMASharedLayout.get_default_for(list(block), GL[base.dtype])
+    return TensorDescriptor(base, list(shape), list(strides), list(block), layout)
+
+
+def describe(tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]) -> Any:
+    """Descriptor of tiles of this memory. Made once per address and shape: making one takes longer than launching."""
+    return _described(Address(tensor.data_ptr(), tensor.dtype), shape, strides, block)
+
+
+def matrix(tensor: Tensor, rows: int, cols: int = STEP) -> Any:
+    """A matrix of which a tile is rows x cols."""
+    return describe(tensor, tuple(tensor.shape), (tensor.stride(0), 1), (rows, cols))
 
 
 def flat(scales: Tensor, rows: int) -> Any:
     """Scales [blocks, rows] with rows contiguous as one vector, of which a step takes `rows`: one line of a tile."""
     size = (scales.shape[0] - 1) * scales.stride(0) + scales.shape[1]
-    return TensorDescriptor(scales, [size], [1], [rows], gl.NVMMASharedLayout(0, 32, rank=1))
+    return describe(scales, (size,), (1,), (rows,))
 
 
 def launch_mm(
@@ -238,10 +263,10 @@ def launch_mm(
     (m, k), n, groups = codes.shape, weight.shape[-2], 1 if offsets is None else weight.shape[0]
     tiles = triton.cdiv(m, M) * triton.cdiv(n, tile.n)
     mm_kernel[(min(tiles, multiprocessors(codes.device)),)](
-        matrix(codes, [M, STEP]),
+        matrix(codes, M),
         flat(scales.t(), M),
-        matrix(weight.view(-1, k), [tile.n, STEP]),
-        matrix(out, [64, tile.n]),
+        matrix(weight.view(-1, k), tile.n),
+        matrix(out, 64, tile.n),
         weight_scales,
         weight_scales if offsets is None else offsets,  # not read when dense
         m,

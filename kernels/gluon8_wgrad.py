@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from deepv3.kernels.checks import multiprocessors
-from deepv3.kernels.gluon8 import BAND, STEP, M, Tile, flat, matrix, next_stage, place, ring
+from deepv3.kernels.gluon8 import BAND, M, Tile, flat, matrix, next_stage, place, ring
 
 WGRAD_TILES = [Tile(128, 6), Tile(128, 5)]
 
@@ -152,8 +152,8 @@ def launch_wgrad(
     n, k = grad.shape[-2:]
     tiles = (1 if offsets is None else grad.shape[0]) * triton.cdiv(n, M) * triton.cdiv(k, tile.n)
     wgrad_kernel[(min(tiles, multiprocessors(grad.device)),)](
-        matrix(dy_codes, [M, STEP]),
-        matrix(x_codes, [tile.n, STEP]),
+        matrix(dy_codes, M),
+        matrix(x_codes, tile.n),
         flat(dy_scales, M),
         flat(x_scales, tile.n),
         grad,

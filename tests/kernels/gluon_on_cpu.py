@@ -74,9 +74,11 @@ class Shared:
 class Descriptor:
     """A tensor of which tiles are copied; what lies outside is zero, and is not written."""
 
-    def __init__(self, tensor: Tensor, shape: list[int], strides: list[int], block: list[int], layout: Any) -> None:
+    layout = None
+
+    def __init__(self, tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]):
         self.view = tensor.as_strided(shape, strides)
-        self.block, self.layout, self.dtype = block, layout, tensor.dtype
+        self.block, self.dtype = block, tensor.dtype
 
     def window(self, coordinates: list[Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """(of the tensor, of the tile) where both are."""

@@ -23,11 +23,22 @@ ENDS = {"first empty": [0, 128, 384], "last empty": [256, 384, 384], "all empty"
 def kernel_on_cpu(monkeypatch) -> dict[str, OnCpu]:
     """Launchers run the kernels as Python, three programs wide."""
     stand_ins = {name: OnCpu(name, gluon8, gluon8_wgrad) for name in ("mm_kernel", "wgrad_kernel")}
-    monkeypatch.setattr(gluon8, "TensorDescriptor", Descriptor)
+    monkeypatch.setattr(gluon8, "describe", Descriptor)
     for module, name in ((gluon8, "mm_kernel"), (gluon8_wgrad, "wgrad_kernel")):
         monkeypatch.setattr(module, name, stand_ins[name])
         monkeypatch.setattr(module, "multiprocessors", lambda device: PROGRAMS)
     return stand_ins
+
+
+def test_a_descriptor_is_made_once_per_address_and_shape_and_keeps_no_memory(monkeypatch):
+    monkeypatch.undo()
+    memory = torch.zeros(4, 256, 128)
+    first = gluon8.matrix(memory[0], 128)
+    assert gluon8.matrix(memory[0], 128) is first and not isinstance(first.base, torch.Tensor)
+    assert first.base.data_ptr() == memory.data_ptr() and first.block_shape == [128, 128]
+    others = [gluon8.matrix(memory[1], 128), gluon8.matrix(memory[0], 64), gluon8.matrix(memory[0][:128], 128)]
+    others.append(gluon8.matrix(memory[0].view(torch.float8_e4m3fn), 128))
+    assert all(other is not first for other in others) and others[3].layout != first.layout
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
