@@ -5,7 +5,7 @@ program per multiprocessor has
 1. a producer warp with 40 registers: brings codes and scales of step after step into a ring of stages;
 2. two consumer warpgroups with 232, each with 64 rows of a 128 x 128 tile: multiply 128 products into a fresh
    accumulator, hand the stage back, then scale and add in FP32. While one adds, the other's products keep the tensor
-   cores busy: what plain Triton does one after the other.
+   cores busy: what plain Triton does one after the other. In turns, they are made to: one issues after the other.
 Full and empty barriers per stage carry the order; stage and phase are counted alike on both sides. Results of `mm`
 leave through shared memory, written while the next tile is multiplied.
 Not in Triton's interpreter: tests run this source as Python instead, with threads for partitions.
@@ -37,17 +37,19 @@ GL = {torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.float8_e4m3f
 
 
 class Tile(NamedTuple):
-    """Columns of a tile and stages of the ring for a BF16 (wgrad: FP32) result."""
+    """Columns of a tile and stages of the ring for a BF16 (wgrad: FP32) result; whether consumers take turns."""
 
     n: int
     stages: int
+    turns: bool = False
 
     @property
     def name(self) -> str:
-        return f"gluon {M}x{self.n}, {self.stages} stages"
+        return f"gluon {M}x{self.n}, {self.stages} stages" + (IN_TURNS if self.turns else "")
 
 
-MM_TILES = [Tile(128, 5), Tile(128, 4)]
+IN_TURNS = ", in turns"
+MM_TILES = [Tile(128, 5), Tile(128, 4), Tile(128, 4, turns=True)]
 
 
 @gluon.jit
@@ -76,6 +78,15 @@ def ring(STAGES: gl.constexpr):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
     return full, empty
+
+
+@gluon.jit
+def turns():
+    """Barriers by which the consumers issue their products in turn: one multiplies while the other adds, never both."""
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for half in gl.static_range(2):
+        mbarrier.init(turn.index(half), count=1)
+    return turn
 
 
 @gluon.jit
@@ -139,7 +150,9 @@ def _mm_consumer(
     sizes,
     stages,
     c,
+    turn,
     HALF: gl.constexpr,
+    TURNS: gl.constexpr,
     GROUPS: gl.constexpr,
     N: gl.constexpr,
     STAGES: gl.constexpr,
@@ -150,6 +163,7 @@ def _mm_consumer(
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32])
     tiles = gl.cdiv(n_rows, 128) * gl.cdiv(n_out, N)
     stage, phase = 0, 0
+    my_turn = 1 - HALF  # the first turn is that of the first consumer: waiting for the phase before passes
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         row, col, _, group, steps = _mm_tile(tile, offsets_ptr, n_rows, n_out, n_in, n_groups, GROUPS, N, BAND)
         block_scales = weight_scales_ptr + group * group_stride + col // 128 * scale_stride
@@ -159,7 +173,12 @@ def _mm_consumer(
             mbarrier.wait(full.index(stage), phase)
             fresh = gl.zeros((64, N), gl.float32, MMA)
             rows = a.index(stage).slice(HALF * 64, 64)
+            if TURNS:
+                mbarrier.wait(turn.index(HALF), my_turn)
             part = warpgroup_mma(rows, b.index(stage).permute((1, 0)), fresh, use_acc=False, is_async=True)
+            if TURNS:
+                mbarrier.arrive(turn.index(1 - HALF), count=1)
+                my_turn ^= 1
             scale = s.index(stage).slice(HALF * 64, 64).load(gl.SliceLayout(1, MMA)) * block_scale
             part = warpgroup_mma_wait(0, deps=(part,))
             gl.thread_barrier()  # all warps have read the stage, not only the one that says so
@@ -195,6 +214,7 @@ def mm_kernel(
     N: gl.constexpr,
     STAGES: gl.constexpr,
     BAND: gl.constexpr,
+    TURNS: gl.constexpr,
 ):
     """GROUPS: n_groups as a power of two, 0 for a dense product."""
     a = gl.allocate_shared_memory(codes.dtype, [STAGES, 128, 128], codes.layout)
@@ -202,12 +222,19 @@ def mm_kernel(
     s = gl.allocate_shared_memory(gl.float32, [STAGES, 128], scales.layout)
     c = gl.allocate_shared_memory(out.dtype, [2, 64, N], out.layout)
     full, empty = ring(STAGES)
+    turn = turns()
     sizes = (n_rows, n_out, n_in, n_groups, scale_rows, group_stride, scale_stride)
     stages = (a, b, s, full, empty)
     gl.warp_specialize(
         [
-            (_mm_consumer, (out, weight_scales_ptr, offsets_ptr, sizes, stages, c, 0, GROUPS, N, STAGES, BAND)),
-            (_mm_consumer, (out, weight_scales_ptr, offsets_ptr, sizes, stages, c, 1, GROUPS, N, STAGES, BAND)),
+            (
+                _mm_consumer,
+                (out, weight_scales_ptr, offsets_ptr, sizes, stages, c, turn, 0, TURNS, GROUPS, N, STAGES, BAND),
+            ),
+            (
+                _mm_consumer,
+                (out, weight_scales_ptr, offsets_ptr, sizes, stages, c, turn, 1, TURNS, GROUPS, N, STAGES, BAND),
+            ),
             (_mm_producer, (codes, scales, weight, offsets_ptr, sizes, stages, GROUPS, N, STAGES, BAND)),
         ],
         [4, 1],
@@ -280,5 +307,6 @@ def launch_mm(
         N=tile.n,
         STAGES=tile.stages if out.dtype == torch.bfloat16 else min(tile.stages, 4),
         BAND=BAND,
+        TURNS=tile.turns,
         num_warps=4,
     )

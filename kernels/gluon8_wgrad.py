@@ -12,9 +12,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from deepv3.kernels.checks import multiprocessors
-from deepv3.kernels.gluon8 import BAND, M, Tile, flat, matrix, next_stage, place, ring
+from deepv3.kernels.gluon8 import BAND, M, Tile, flat, matrix, next_stage, place, ring, turns
 
-WGRAD_TILES = [Tile(128, 6), Tile(128, 5)]
+WGRAD_TILES = [Tile(128, 6), Tile(128, 5), Tile(128, 6, turns=True)]
 
 
 @gluon.jit
@@ -66,7 +66,9 @@ def _wgrad_consumer(
     offsets_ptr,
     sizes,
     stages,
+    turn,
     HALF: gl.constexpr,
+    TURNS: gl.constexpr,
     GROUPED: gl.constexpr,
     ACCUMULATE: gl.constexpr,
     N: gl.constexpr,
@@ -77,6 +79,7 @@ def _wgrad_consumer(
     a, b, s, t, full, empty = stages
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32])
     stage, phase = 0, 0
+    my_turn = 1 - HALF
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         group, row, col, start, end = _wgrad_tile(tile, offsets_ptr, n_out, n_in, n_rows, GROUPED, N, BAND)
         total = gl.zeros((64, N), gl.float32, MMA)
@@ -84,7 +87,12 @@ def _wgrad_consumer(
             mbarrier.wait(full.index(stage), phase)
             fresh = gl.zeros((64, N), gl.float32, MMA)
             rows = a.index(stage).slice(HALF * 64, 64)
+            if TURNS:
+                mbarrier.wait(turn.index(HALF), my_turn)
             part = warpgroup_mma(rows, b.index(stage).permute((1, 0)), fresh, use_acc=False, is_async=True)
+            if TURNS:
+                mbarrier.arrive(turn.index(1 - HALF), count=1)
+                my_turn ^= 1
             row_scale = s.index(stage).slice(HALF * 64, 64).load(gl.SliceLayout(1, MMA))
             col_scale = t.index(stage).load(gl.SliceLayout(0, MMA))
             part = warpgroup_mma_wait(0, deps=(part,))
@@ -119,18 +127,26 @@ def wgrad_kernel(
     N: gl.constexpr,
     STAGES: gl.constexpr,
     BAND: gl.constexpr,
+    TURNS: gl.constexpr,
 ):
     a = gl.allocate_shared_memory(dy.dtype, [STAGES, 128, 128], dy.layout)
     b = gl.allocate_shared_memory(x.dtype, [STAGES, N, 128], x.layout)
     s = gl.allocate_shared_memory(gl.float32, [STAGES, 128], dy_scales.layout)
     t = gl.allocate_shared_memory(gl.float32, [STAGES, N], x_scales.layout)
     full, empty = ring(STAGES)
+    turn = turns()
     sizes = (n_out, n_in, n_rows, tiles)
     stages = (a, b, s, t, full, empty)
     gl.warp_specialize(
         [
-            (_wgrad_consumer, (grad_ptr, offsets_ptr, sizes, stages, 0, GROUPED, ACCUMULATE, N, STAGES, BAND)),
-            (_wgrad_consumer, (grad_ptr, offsets_ptr, sizes, stages, 1, GROUPED, ACCUMULATE, N, STAGES, BAND)),
+            (
+                _wgrad_consumer,
+                (grad_ptr, offsets_ptr, sizes, stages, turn, 0, TURNS, GROUPED, ACCUMULATE, N, STAGES, BAND),
+            ),
+            (
+                _wgrad_consumer,
+                (grad_ptr, offsets_ptr, sizes, stages, turn, 1, TURNS, GROUPED, ACCUMULATE, N, STAGES, BAND),
+            ),
             (_wgrad_producer, (dy, x, dy_scales, x_scales, offsets_ptr, sizes, stages, GROUPED, N, STAGES, BAND)),
         ],
         [4, 1],
@@ -167,5 +183,6 @@ def launch_wgrad(
         N=tile.n,
         STAGES=tile.stages,
         BAND=BAND,
+        TURNS=tile.turns,
         num_warps=4,
     )

@@ -15,7 +15,12 @@ gluon8 = pytest.importorskip("deepv3.kernels.gluon8", reason=f"Gluon of Triton {
 gluon8_wgrad = pytest.importorskip("deepv3.kernels.gluon8_wgrad", reason=f"Gluon of Triton {gemm8.GLUON_FOR}x")
 
 PROGRAMS = 3
-TILES = [gluon8.Tile(128, 4), gluon8.Tile(128, 2), gluon8.Tile(128, 1)]  # fewer stages than steps and more
+TILES = [
+    gluon8.Tile(128, 4),
+    gluon8.Tile(128, 2),
+    gluon8.Tile(128, 1),
+    gluon8.Tile(128, 3, True),
+]  # fewer stages than steps and more
 ENDS = {"first empty": [0, 128, 384], "last empty": [256, 384, 384], "all empty": [0, 0, 0], "full": [128, 128, 512]}
 
 
@@ -90,6 +95,8 @@ MISTAKES = {
     "a stage is handed back before it is read": {ARRIVE: "", WAIT: ARRIVE + WAIT},
     "a tile is overwritten while it leaves": {"        tma.store_wait(0)\n        gl": "        gl"},
     "the phase never turns": {"phase ^ 1": "phase"},
+    "nobody has the first turn": {"my_turn = 1 - HALF": "my_turn = 0"},
+    "a turn is not handed on": {"turn.index(1 - HALF)": "turn.index(HALF)"},
 }
 
 
@@ -104,5 +111,5 @@ def test_a_mistake_in_the_protocol_is_found(mistake, kernel_on_cpu, monkeypatch)
     out = torch.full((512, 256), float("nan"))
     expected = kernels.fp8_mm.__wrapped__(*operands, torch.float32)
     with pytest.raises(AssertionError):
-        gluon8.launch_mm(out, *operands, None, gluon8.Tile(128, 2))
+        gluon8.launch_mm(out, *operands, None, gluon8.Tile(128, 2, turns="turn" in mistake))
         assert relative_norm(out, expected) <= 1e-6
