@@ -32,19 +32,31 @@ def _first_largest(keys, positions):
 
 
 @triton.jit
-def _keep_groups(choice, keys, GROUPS_KEPT: tl.constexpr):
+def _two_largest(first, second, other_first, other_second):
+    """The two largest of two descending pairs."""
+    return tl.maximum(first, other_first), tl.maximum(tl.minimum(first, other_first), tl.maximum(second, other_second))
+
+
+@triton.jit
+def _number(keys):
+    """The FP32 of which this is `_ordered`; -inf for LOWEST."""
+    bits = tl.where(keys < 0, keys ^ 0x7FFFFFFF, keys)
+    return tl.where(keys == LOWEST, float("-inf"), bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _keep_groups(keys, GROUPS_KEPT: tl.constexpr):
     """Lower every key outside the GROUPS_KEPT groups whose two best choices have the largest sums.
 
-    choice: [tokens, groups, size] FP32, -inf in padding; keys: `_ordered(choice)`, LOWEST in padding.
+    keys: `_ordered` choices [tokens, groups, size], LOWEST in padding.
     """
     TOKENS: tl.constexpr = keys.shape[0]
     GROUPS: tl.constexpr = keys.shape[1]
     SIZE: tl.constexpr = keys.shape[2]
-    within = tl.broadcast_to(tl.arange(0, SIZE)[None, None, :], (TOKENS, GROUPS, SIZE))
-    _, first = _first_largest(keys, within)
-    score = tl.max(choice, axis=2)
+    first, second = tl.reduce((keys, tl.full(keys.shape, LOWEST, tl.int32)), 2, _two_largest)
+    score = _number(first)
     if SIZE > 1:
-        score += tl.max(tl.where(within == first, float("-inf"), choice), axis=2)
+        score += _number(second)
     group_keys = _ordered(score)
     groups = tl.broadcast_to(tl.arange(0, GROUPS)[None, :], (TOKENS, GROUPS))
     kept = tl.zeros((TOKENS, GROUPS), dtype=tl.int32)
@@ -85,7 +97,7 @@ def _router_topk_kernel(
     choice = tl.where(mask, tl.sigmoid(logits) + bias, float("-inf"))
     keys = tl.where(mask, _ordered(choice), LOWEST)
     if GROUPS_KEPT > 0:
-        keys = _keep_groups(choice, keys, GROUPS_KEPT)
+        keys = _keep_groups(keys, GROUPS_KEPT)
 
     keys = tl.reshape(keys, (TOKENS, GROUPS * SIZE))
     positions = tl.broadcast_to(tl.arange(0, GROUPS * SIZE)[None, :], (TOKENS, GROUPS * SIZE))
