@@ -47,6 +47,8 @@ _workers: list[Worker] = []
 
 def run(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)` on `count` ranks at once. Raises RankFailed."""
+    if not all(worker.process.is_alive() for worker in _workers):
+        close()  # someone has ended one: a job cannot go on without it, the next can start anew
     while len(_workers) < count:
         _workers.append(_start(len(_workers)))
     job = pickle.dumps((function, arguments))
