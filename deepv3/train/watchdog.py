@@ -164,7 +164,8 @@ class Watchdog:
         return f"{who_hangs(there)} for {self.hang_seconds:g} s (train.hang_seconds)"
 
     def _leave(self, verdict: str) -> None:
-        """Say it, keep the stacks, end the process; rank 0 last, because it may carry the store."""
+        """Say it, keep the stacks, end the process; rank 0 last, because it may carry the store. After a hang each rank
+        stays until the others have looked: with the first to go their collectives fail, and their stacks with them."""
         with suppress(dist.DistError, RuntimeError):
             if self._store is not None:
                 verdict = self._store.compare_set(f"{self._prefix}/verdict", "", verdict).decode() or verdict
@@ -179,8 +180,10 @@ class Watchdog:
         self._pulse = self._pulse._replace(left=PeerLost.__name__)
         with suppress(dist.DistError, RuntimeError):
             self._beat()
+        stays = 1.5 * BEAT if " hangs " in verdict else 0.0
         if self.grid.rank == 0 and self._store is not None:
-            time.sleep(2.5 * BEAT)
+            stays += 2.5 * BEAT
+        time.sleep(stays)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(EXIT_RESTART)
