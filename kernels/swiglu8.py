@@ -4,7 +4,8 @@
   blocks from one read.
 - backward, rows: programs of 16 rows walk along the outputs, 128 at a time; dh in rows, and the gate's gradient in
   registers until the row's end.
-- backward, columns: tiles of 128 rows x 64 outputs; dh and the output once more, in columns.
+- backward, columns: tiles of 128 rows x 64 outputs; dh and the output once more, in columns. Rounded to BF16, the
+  gradients of gate and up wait in one register while the output is turned.
 Given up: backward reads its inputs twice (3 bytes of 9 a value). One kernel for rows and columns needs three tiles of
 128 x 128 in registers at once, and spills.
 """
@@ -132,20 +133,24 @@ def _backward_columns_kernel(
     if WEIGHT:
         weight = tl.load(weight_ptr + rows, mask=inside, other=0.0)[:, None]
     h_cols, dy_ptrs = 2 * n_cols, dy_ptr + rows.to(tl.int64)[:, None] * n_cols + cols[None, :]
-    for part in tl.static_range(3):  # each reads its inputs, from L1 but for the first: three tiles would not fit
-        gate = _kept(h_ptr, h_scales_ptr, rows, first, COLS, n_rows, h_cols, scale_stride)
-        up = _kept(h_ptr, h_scales_ptr, rows, first + n_cols, COLS, n_rows, h_cols, scale_stride)
-        dy = tl.load(dy_ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
-        dgate, dup, act = swiglu_gradient(dy, gate, up, weight)
-        value = dgate if part == 0 else (dup if part == 1 else act * weight)
-        # Rows beyond the last become +0; products with their zeros may be -0.
-        value = tl.where(inside[:, None], value.to(dy_ptr.dtype.element_ty).to(tl.float32), 0.0)
-        if part < 2:
-            to = cols + part * n_cols
-            store_columns(dh_ptr, dh_scales_ptr, value, row_block, to, h_cols, code_stride, POW2)
-            tl.debug_barrier()
-        else:
-            store_columns(y_ptr, y_scales_ptr, value, row_block, cols, n_cols, code_stride, POW2)
+    gate = _kept(h_ptr, h_scales_ptr, rows, first, COLS, n_rows, h_cols, scale_stride)
+    up = _kept(h_ptr, h_scales_ptr, rows, first + n_cols, COLS, n_rows, h_cols, scale_stride)
+    dy = tl.load(dy_ptrs, mask=inside[:, None], other=0.0)
+    dgate, dup, act = swiglu_gradient(dy.to(tl.float32), gate, up, weight)
+    # Rows beyond the last become +0; products with their zeros may be -0.
+    dgate, dup = tl.where(inside[:, None], dgate, 0.0).to(dy.dtype), tl.where(inside[:, None], dup, 0.0).to(dy.dtype)
+    y = tl.where(inside[:, None], act * weight, 0.0).to(dy.dtype).to(tl.float32)
+    PACKED: tl.constexpr = dy.dtype == tl.bfloat16
+    if PACKED:  # two in one register: three tiles of FP32 would not fit
+        low, high = dgate.to(tl.uint16, bitcast=True).to(tl.uint32), dup.to(tl.uint16, bitcast=True).to(tl.uint32)
+        both = low | (high << 16)
+    store_columns(y_ptr, y_scales_ptr, y, row_block, cols, n_cols, code_stride, POW2)
+    tl.debug_barrier()
+    wide = (both << 16).to(tl.float32, bitcast=True) if PACKED else dgate
+    store_columns(dh_ptr, dh_scales_ptr, wide, row_block, cols, h_cols, code_stride, POW2)
+    tl.debug_barrier()
+    wide = (both & 0xFFFF0000).to(tl.float32, bitcast=True) if PACKED else dup
+    store_columns(dh_ptr, dh_scales_ptr, wide, row_block, cols + n_cols, h_cols, code_stride, POW2)
 
 
 def swiglu_fp8(
