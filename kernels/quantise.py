@@ -68,7 +68,8 @@ def _columns_kernel(
         x = tl.load(tile_ptrs, mask=mask, other=0.0).to(tl.float32)
         store_rows(codes_ptr, scales_ptr, x, rows, tile, n_rows, n_cols, scale_stride, POW2)
         tl.debug_barrier()  # from L1 again: kept for both, it would leave registers for one program per processor only
-    x = tl.load(tile_ptrs, mask=mask, other=0.0).to(tl.float32)
+    again = x_ptr + rows.to(tl.int64)[:, None] * x_stride + cols[None, :]  # counted anew: Triton 3.7 would spill them
+    x = tl.load(again, mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :], other=0.0).to(tl.float32)
     store_columns(codes_t_ptr, scales_t_ptr, x, row_block, cols, n_cols, code_stride, POW2)
 
 
@@ -97,10 +98,10 @@ def _blocks_kernel(
     amax = tl.max(tl.max(magnitude(w), axis=1, keep_dims=True), axis=0, keep_dims=True)
     scale, inverse = scale_of(amax, POW2, E4M3_MAX)
     codes = to_e4m3(w * inverse)
-    tl.store(codes_ptr + address, codes, mask=mask)
     words = tile_n * 32 + tl.arange(0, 32)
-    address = matrix // 4 + cols.to(tl.int64)[:, None] * (n_out // 4) + words[None, :]
-    tl.store(words_t_ptr + address, turn(codes), mask=(cols < n_in)[:, None] & (words < n_out // 4)[None, :])
+    turned = matrix // 4 + cols.to(tl.int64)[:, None] * (n_out // 4) + words[None, :]
+    tl.store(words_t_ptr + turned, turn(codes), mask=(cols < n_in)[:, None] & (words < n_out // 4)[None, :])
+    tl.store(codes_ptr + address, codes, mask=mask)  # before the turn, Triton 3.7's code crashes ptxas 12.8
     value = tl.max(tl.max(scale, axis=1), axis=0)
     tl.store(scales_ptr + (group * tiles_n + tile_n) * scale_stride + tile_k, value)
     tl.store(scales_t_ptr + (group * tiles_k + tile_k) * scale_t_stride + tile_n, value)
