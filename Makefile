@@ -34,6 +34,8 @@ ifeq ($(WHEELHOUSE),)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt setuptools wheel
 	$(BIN)/pip install $(if $(INDEX),--index-url $(INDEX)) torch==$(TORCH)
+	@# A CPU build of torch brings no Triton: take the one that the GPU figures were measured with.
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install triton==3.6.0
 	$(BIN)/pip install --no-build-isolation -c constraints.txt -e '.[dev]'
 else
 	$(PYTHON) -m venv --system-site-packages $(VENV)
