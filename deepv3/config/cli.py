@@ -5,6 +5,7 @@ Whatever happens, the process ends with one of the exit codes of errors.py and l
 means a bug of ours. Of ranks that fail for the same reason one speaks.
 """
 
+import errno
 import json
 import os
 import sys
@@ -19,9 +20,10 @@ from deepv3.config.advice import next_step
 from deepv3.config.compose import PRESET, compose, groups, headline, to_yaml
 from deepv3.config.schema import Config
 from deepv3.config.validate import validate
-from deepv3.errors import EXIT_DONE, EXIT_RESTART, EXIT_USER, ConfigError, DeepV3Error
+from deepv3.errors import EXIT_DONE, EXIT_RESTART, EXIT_USER, ConfigError, DeepV3Error, ResourceError
 
 EXIT_BUG = 1
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SILENCE = 3.0  # seconds that other ranks leave rank 0 to tell of a mistake all share
 
 
@@ -75,6 +77,11 @@ def guarded(work: Callable[[], object], run_dir: Path | None = None) -> int:
 
 def report(error: BaseException, run_dir: Path | None, identical: bool = False) -> int:
     """Tell the user, record the end, return the exit code. identical: every rank meets this error; rank 0 speaks."""
+    if isinstance(error, OSError) and error.errno in NO_ROOM:  # whoever was writing: metrics, tokens, pictures
+        where = error.filename or run_dir or "a file"
+        error = ResourceError(
+            f"cannot write {where}: {error.strerror}; free some space, or set run_dir to another disk"
+        )
     if isinstance(error, DeepV3Error):
         code, reason = error.exit_code, str(error)
     elif isinstance(error, KeyboardInterrupt):

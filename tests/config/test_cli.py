@@ -1,5 +1,6 @@
 """How a launch script ends: exit code, message and exit.json, alone and among ranks."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -62,6 +63,12 @@ def test_each_kind_of_failure_has_its_exit_code(error, code, run_dir, capfd):
     assert ("Traceback" in printed) == (code == 1), "a traceback is for our bugs"
     assert len(printed.splitlines()) == 2 or code == 1
     assert printed.splitlines()[-1].startswith("next: ")
+
+
+def test_a_full_disk_is_the_users_to_mend_whatever_was_being_written(run_dir, capfd):
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl")
+    assert cli.execute(raising(full), [*GOOD, f"run_dir={run_dir}"]) == 2
+    assert "cannot write runs/x/metrics.jsonl: No space left on device; free some space" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("mistake", ["typo=1", "model.n_routed_experts=10", "precision=fp31"])
