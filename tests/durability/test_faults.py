@@ -78,7 +78,7 @@ def test_after_a_peers_death_a_signal_saves_nothing_and_the_dead_rank_is_named(t
     began = time.monotonic()
     job.kill(0, signal.SIGTERM)
     assert job.wait(60) == [75, -9], job.output()
-    assert time.monotonic() - began < 20  # 5 s on a machine with nothing else to do
+    assert time.monotonic() - began < 5  # 2.1 to 2.5 s with two cores busy
     assert jobs.ended(run_dir)["reason"].startswith("rank 1 died in step 3")
     assert _published(run_dir) == []
 
