@@ -9,7 +9,7 @@ from deepv3.dist import Grid
 from deepv3.model.node_exchange import make_dispatch
 from deepv3.model.transformer import DTYPES, Transformer
 from deepv3.pipeline.executor import Executor
-from deepv3.pipeline.layout import StageSpec, embedding_ranks, place
+from deepv3.pipeline.layout import StageSpec, embedding_ranks, format_layout, place
 from deepv3.pipeline.plain import PlainExecutor
 from deepv3.pipeline.schedule import Schedule, make_schedule, micro_batches
 from deepv3.pipeline.stage import Stage
@@ -63,6 +63,14 @@ class Placement:
         if name == EMBEDDING and len(self.embedding_ranks) > 1 and not mirrored:
             return "ends"
         return "edp" if ".experts." in name else "zero"
+
+    def describe(self, cfg: Config, grid: Grid) -> list[str]:
+        """What a run says of its pipeline at the start; nothing where there is none."""
+        if len(self.specs) == 1:
+            return []
+        shape = f"pp {grid.pp_size} x dp {grid.dp_size}, ep {grid.ep_size}; stages {format_layout(self.specs)}"
+        more = [f"... and {len(self.notes) - 3} more of the batch ramp"] if len(self.notes) > 3 else []
+        return [f"pipeline {cfg.parallel.schedule}, {shape}", *(f"  {note}" for note in [*self.notes[:3], *more])]
 
 
 def ranks_per_node(cfg: Config, grid: Grid) -> int:

@@ -123,7 +123,7 @@ class Run:
             f"model    {count.total / 1e6:,.1f} M parameters, {count.active / 1e6:,.1f} M active; "
             f"{model.num_hidden_layers} layers, {model.n_routed_experts} experts top-{model.num_experts_per_tok}"
         )
-        for line in self.data.summary:
+        for line in (*self.placement.describe(self.cfg, self.grid), *self.data.summary):
             self.line.say(line)
         start = "fresh start" if self.resumed_from is None else f"goes on from {self.resumed_from}"
         where = f"{self.grid.world_size} process(es) on {self.device}, {start}"

@@ -228,7 +228,8 @@ def test_strict_refuses_what_would_run_less_than_fully_overlapped():
     with pytest.raises(ScheduleError, match="parallel.strict"):
         Placement.of(cfg, Grid(2, 0, 2))
     cfg.parallel.strict = False
-    assert Placement.of(cfg, Grid(2, 0, 2)).notes
+    first, note = Placement.of(cfg, Grid(2, 0, 2)).describe(cfg, Grid(2, 0, 2))
+    assert first == "pipeline dualpipev, pp 2 x dp 1, ep 1; stages E2|2|3|1HM" and "this step has 3" in note
 
 
 ALL = [
