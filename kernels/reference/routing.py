@@ -41,7 +41,14 @@ def routing_tables(indices: Tensor, n_experts: int, align: int = 1) -> tuple[Ten
 
 def permute(x: Tensor, token_of_slot: Tensor) -> Tensor:
     """rows[r] = x[token_of_slot[r]], zeros where that is -1. x: [T, D]; token_of_slot: [R] int32. Returns [R, D]."""
-    return x.index_select(0, token_of_slot.clamp(min=0)).masked_fill((token_of_slot < 0)[:, None], 0.0)
+    return _taken(x, token_of_slot)
+
+
+def _taken(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[index], zeros where it is -1; without a second pass over the rows where there is none."""
+    absent = index < 0
+    taken = rows.index_select(0, index.clamp(min=0))
+    return taken.masked_fill_(absent[:, None], 0.0) if bool(absent.any()) else taken
 
 
 def unpermute(rows: Tensor, slot_of_token: Tensor, base: Tensor | None = None) -> Tensor:
@@ -55,5 +62,5 @@ def unpermute(rows: Tensor, slot_of_token: Tensor, base: Tensor | None = None) -
         total += base
     for k in range(top_k):
         slots = slot_of_token[:, k]
-        total += rows.index_select(0, slots.clamp(min=0)).masked_fill((slots < 0)[:, None], 0.0)
+        total += _taken(rows, slots)
     return total.to(rows.dtype)
