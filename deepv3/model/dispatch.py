@@ -63,11 +63,6 @@ class LocalDispatch:
         """An expert's rows are filled up to a multiple of this."""
         return 1 if self.recipe is None else self.recipe.align
 
-    @property
-    def peak_rows(self) -> int:
-        """Rows of the fullest dispatch since `take_load`: memory of the experts is proportional to it."""
-        return self.load.rows
-
     def take_load(self) -> Load:
         """The load since the last call."""
         load, self.load = self.load, Load()

@@ -194,8 +194,8 @@ class Engine(DeepSpeedEngine):
     def reduce(self, chunk: int) -> None:
         """Declare the gradients of a chunk complete and start their reduction; the caller goes on computing.
 
-        Reductions start from the highest chunk down, SHARED last, on every rank: ranks that share parameters may
-        complete them in different orders (DualPipe's twins), and a communicator wants one.
+        Reductions start from the highest chunk down, -1 (shared by several) last, on every rank: ranks that share
+        parameters may complete them in different orders (DualPipe's twins), and a communicator wants one.
         """
         assert chunk not in self._complete, f"chunk {chunk} is reduced twice in one step"
         self._complete.add(chunk)

@@ -25,7 +25,6 @@ from deepv3.dist import Grid
 
 ALIGN = 128  # elements: 256 bytes of BF16
 WIDE = (torch.float32, torch.float64)  # formats whose weights are their own masters (FP64 in tests of parity)
-SHARED = -1  # the chunk of what several of a rank's chunks use
 
 
 class Fragment(NamedTuple):
@@ -177,7 +176,7 @@ def flat_groups(
 ) -> list[FlatGroup]:
     """Groups of a rank's parameters.
 
-    chunk_of, owner_of: by parameter name, which of the rank's pipeline chunks it belongs to (SHARED: to several), and
+    chunk_of, owner_of: by parameter name, which of the rank's pipeline chunks it belongs to (-1: to several), and
     the Grid group whose ranks hold the same and share its optimizer state. Ranks that share parameters see them in one
     order, because a model registers its layers by number. Matrices are decayed, vectors (norm gains) not. Names are
     global. Experts are the parameters below a module called `experts`.

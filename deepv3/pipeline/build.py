@@ -17,7 +17,7 @@ from deepv3.precision.recipe import recipe_of
 from deepv3.precision.wgrad import WeightGradQueue
 
 EMBEDDING = "embed_tokens.weight"
-SHARED = -1  # as optim.flat: the chunk of what several of a rank's chunks use
+SHARED = -1  # the chunk of what several of a rank's chunks use; reduced last
 
 
 @dataclass(frozen=True)
