@@ -1,10 +1,12 @@
-"""Measurements here: ``python launch/bench.py what=train|profile|kernels|calibration [key=value ...]``.
+"""Measurements here: ``python launch/bench.py what=train|profile|calibration|layer|kernels [key=value ...]``.
 
 what=train     tokens/s, memory and start-up of `mini`, beside TorchTitan 0.2.2 with peer=torchtitan; own keys:
                steps, rounds, processes, peer, tokenizer (folder for TorchTitan); the rest are overrides of ours
 what=profile   device time of one training step by kernel; the rest are overrides of the configuration
 what=calibration  rows for the planner (docs/planner.md) as JSON; device=h200 names it, fp8=true measures FP8 too, the
                rest are overrides of the configuration whose shapes are measured
+what=layer     one mixture layer as one of ranks=64 runs it (default: configuration v3_671b), forward and backward,
+               without the wire; the rest are overrides of the configuration
 what=kernels   every kernel at the shapes of `mini` and `v3_671b` beside torch's own, FP8 beside cuBLAS and BF16
 """
 
@@ -23,6 +25,7 @@ DEFAULTS = {
     "tokenizer": "",
     "device": "",
     "fp8": "false",
+    "ranks": "64",
 }
 
 
@@ -35,8 +38,8 @@ def read(argv: list[str]) -> tuple[dict[str, str], list[str]]:
             own[key] = value
         else:
             rest.append(argument)
-    if own["what"] not in ("train", "profile", "kernels", "calibration"):
-        raise ConfigError(f"what = {own['what']!r} is none of train, profile, kernels, calibration")
+    if own["what"] not in MEASUREMENTS:
+        raise ConfigError(f"what = {own['what']!r} is none of {', '.join(MEASUREMENTS)}")
     if own["peer"] == "torchtitan" and not Path(own["tokenizer"], "tokenizer.json").exists():
         raise ConfigError(
             f"tokenizer = {own['tokenizer']!r} holds no tokenizer.json; peer=torchtitan needs tokenizer=FOLDER"
@@ -44,27 +47,7 @@ def read(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     return own, rest
 
 
-def measure(own: dict[str, str], rest: list[str]) -> str:
-    """The table."""
-    if own["what"] == "kernels":
-        from deepv3.kernels.benchmark import report
-
-        return "\n\n".join(report())
-    if own["what"] == "calibration":
-        from deepv3.config.compose import compose
-        from deepv3.planner.hardware import DEVICES
-        from deepv3.train.calibrate import document
-
-        if own["device"] not in DEVICES:
-            raise ConfigError(
-                f"device = {own['device']!r} is none of {', '.join(DEVICES)}; take the one this machine has"
-            )
-        return json.dumps(document(compose(rest), own["device"], own["fp8"] == "true"))
-    if own["what"] == "profile":
-        from deepv3.config.compose import compose
-        from deepv3.train.bench import profile
-
-        return profile(compose(rest), steps=int(own["steps"]) if own["steps"] != DEFAULTS["steps"] else 2)
+def train(own: dict[str, str], rest: list[str]) -> str:
     from deepv3.train.bench import compare
 
     return compare(
@@ -72,8 +55,42 @@ def measure(own: dict[str, str], rest: list[str]) -> str:
     )
 
 
+def profile(own: dict[str, str], rest: list[str]) -> str:
+    from deepv3.config.compose import compose
+    from deepv3.train import bench
+
+    return bench.profile(compose(rest), steps=int(own["steps"]) if own["steps"] != DEFAULTS["steps"] else 2)
+
+
+def calibration(own: dict[str, str], rest: list[str]) -> str:
+    from deepv3.config.compose import compose
+    from deepv3.planner.hardware import DEVICES
+    from deepv3.train.calibrate import document
+
+    if own["device"] not in DEVICES:
+        raise ConfigError(f"device = {own['device']!r} is none of {', '.join(DEVICES)}; take the one this machine has")
+    return json.dumps(document(compose(rest), own["device"], own["fp8"] == "true"))
+
+
+def layer(own: dict[str, str], rest: list[str]) -> str:
+    from deepv3.config.compose import compose
+    from deepv3.train import layer_bench
+
+    return layer_bench.measure(compose(rest or ["+config=v3_671b"]), int(own["ranks"]))
+
+
+def kernels(own: dict[str, str], rest: list[str]) -> str:
+    from deepv3.kernels.benchmark import report
+
+    return "\n\n".join(report())
+
+
+MEASUREMENTS = {f.__name__: f for f in (train, profile, calibration, layer, kernels)}
+
+
 if __name__ == "__main__":
     try:
-        print(measure(*read(sys.argv[1:])))
+        own, rest = read(sys.argv[1:])
+        print(MEASUREMENTS[own["what"]](own, rest))
     except ConfigError as error:
         sys.exit(f"error: {error}")
