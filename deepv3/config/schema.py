@@ -122,6 +122,8 @@ class SourceConfig:
     suffixes: list[str] = knob(
         [], "For folders of text: file suffixes taken, such as [.py, .h]; empty takes .txt and .md."
     )
+    folders: list[str] = knob([], "Further folders, read with the folder at path as one source.")
+    unique: bool = knob(False, "Read files with the same bytes once, the first of them.")
     weight: float = knob(1.0, "Share of training tokens drawn from this source, relative to the other sources.")
     streaming: bool = knob(False, "Read documents while training instead of tokenising them into the cache first.")
 

@@ -25,6 +25,7 @@ class Source:
 
     identity: a JSON value that is equal while the documents are the same (paths, sizes, times, field, format).
     pieces: empty only for a hub dataset that streams. bytes: of text and files, an estimate for progress; 0 unknown.
+    copies: files left out because another one has the same bytes.
     """
 
     label: str
@@ -33,6 +34,7 @@ class Source:
     pieces: list[Piece] = field(default_factory=list)
     damaged: list[tuple[str, str]] = field(default_factory=list)
     bytes: int = 0
+    copies: int = 0
     _sharded: datasets.IterableDataset | None = field(default=None, init=False, repr=False)
 
     def documents(self, cache_dir: Path, piece: int | None = None) -> datasets.IterableDataset:
@@ -78,6 +80,7 @@ def _open_local(found: files.Found, config: SourceConfig, label: str, stop_at_da
             missing.append((path, error.strerror or str(error)))
     if stats and not any(size for _, size, _ in stats):
         raise DataError(f"{label}.path={config.path}: all {len(stats)} files are empty; give files that hold text")
+    every, stats = len(stats), files.without_copies(stats) if config.unique else stats
     made, damaged = pieces.cut(found.format, [row[:2] for row in stats], config.field)
     damaged = missing + damaged
     _check_damage(label, config, len(found.paths), damaged, stop_at_damage)
@@ -86,7 +89,8 @@ def _open_local(found: files.Found, config: SourceConfig, label: str, stop_at_da
             f"{label}.path={config.path}: {len(stats)} files without a single row; give files that hold text"
         )
     identity = {"format": found.format, "field": config.field, "files": stats}
-    return Source(label, config, identity, made, damaged, sum(piece.bytes for piece in made))
+    size = sum(piece.bytes for piece in made)
+    return Source(label, config, identity, made, damaged, size, every - len(stats))
 
 
 def _check_damage(label: str, config: SourceConfig, count: int, damaged: list[tuple[str, str]], stop: bool) -> None:

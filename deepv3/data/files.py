@@ -1,6 +1,7 @@
 """Which files a source's path means, and in which format."""
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -39,6 +40,8 @@ class Found(NamedTuple):
 
 def find(config: SourceConfig, label: str) -> Found | None:
     """The files of a source, or None where its path is a hub name. Raises DataError where there is nothing to read."""
+    if config.folders:
+        return _folders(config, label)
     if config.path == STDLIB:
         root = sysconfig.get_path("stdlib")
         return _choose(list(_walk(root, NOT_STDLIB)), "text", config.suffixes or [".py"], label, f"{STDLIB} ({root})")
@@ -77,6 +80,46 @@ def _walk(root: str | Path, without: frozenset[str] = frozenset()) -> Iterator[s
     for folder, folders, names in os.walk(root, onerror=unreadable):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__" and f not in without)
         yield from (os.path.join(os.path.abspath(folder), name) for name in sorted(names) if not name.startswith("."))
+
+
+def _folders(config: SourceConfig, label: str) -> Found:
+    """Several folders as one, in the order given. A file that lies in two of them is there once."""
+    below: dict[str, None] = {}
+    for root in [config.path, *config.folders]:
+        path = Path(sysconfig.get_path("stdlib") if root == STDLIB else root).expanduser()
+        if not path.is_dir():
+            raise DataError(f"{label}.folders: {root} is no folder (seen from {os.getcwd()}); mend it or leave it out")
+        try:
+            below |= dict.fromkeys(_walk(path, NOT_STDLIB if root == STDLIB else frozenset()))
+        except PermissionError as error:
+            raise DataError(f"{label}.folders: {error.filename} may not be read ({error.strerror}); grant it") from None
+    where = f"{config.path} and {len(config.folders)} more"
+    form = _format_of(config, list(below), label, folder=True)
+    suffixes = config.suffixes or (TEXT_SUFFIXES if form == "text" else SUFFIXES[form])
+    return _choose(list(below), form, suffixes, label, where)
+
+
+def without_copies(files: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """The files less those whose bytes an earlier one has. files: (path, bytes, time).
+
+    Only files of equal size are read; one that cannot be read stays, for the reader to name.
+    """
+    sizes = Counter(size for _, size, _ in files)
+    seen: set[tuple[int, bytes]] = set()
+    kept = []
+    for file in files:
+        path, size, _ = file
+        if sizes[size] > 1:
+            try:
+                with open(path, "rb") as content:
+                    sign = size, hashlib.file_digest(content, "sha256").digest()
+            except OSError:
+                sign = size, path.encode()
+            if sign in seen:
+                continue
+            seen.add(sign)
+        kept.append(file)
+    return kept
 
 
 def _folder(path: Path, config: SourceConfig, label: str) -> Found:

@@ -224,6 +224,7 @@ def _describe(ready: Ready) -> list[str]:
         if counts["documents"][part]
     ]
     rest = f"{counts['fim']:,} rewritten for FIM, {counts['empty']:,} empty and {counts['bad']:,} bad left out"
+    rest += f", {ready.source.copies:,} copies of other files" if ready.source.copies else ""
     lines = [where, f"  {'; '.join(parts)}; {rest}", f"  in {ready.folder}"]
     lines += [f"  bad document {name}: {reason}" for name, reason in counts["bad_documents"][:5]]
     if counts["bad"] > 5:

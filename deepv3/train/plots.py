@@ -13,7 +13,8 @@ LOSS_PNG = "loss.png"
 LOAD_PNG = "expert_load.png"
 
 
-def _figure(width: float, height: float):
+def empty_figure(width: float, height: float):
+    """A matplotlib figure of that many inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -22,7 +23,8 @@ def _figure(width: float, height: float):
     return figure
 
 
-def _publish(figure, path: Path) -> None:
+def publish_png(figure, path: Path) -> None:
+    """Write the figure so that a viewer sees the old picture or the new one."""
     beside = path.with_name("." + path.name)
     figure.savefig(beside, dpi=110, format="png")
     beside.replace(path)
@@ -37,7 +39,7 @@ def draw_losses(run_dir: Path, series: Series) -> Path | None:
         return None
     checks = JsonLines(run_dir / "validation.jsonl").read()
     tokens = series.mean("tokens")
-    figure = _figure(9, 7)
+    figure = empty_figure(9, 7)
     loss, rate, balance = figure.subplots(3, 1, sharex=True, height_ratios=[4, 1, 1])
     loss.plot(tokens, series.mean("loss_main"), lw=0.8, label="train, next token")
     if series.total("loss_mtp"):
@@ -53,7 +55,7 @@ def draw_losses(run_dir: Path, series: Series) -> Path | None:
     balance.set_ylabel("MaxVio, worst layer")
     balance.set_xlabel("tokens seen")
     path = run_dir / LOSS_PNG
-    _publish(figure, path)
+    publish_png(figure, path)
     return path
 
 
@@ -62,7 +64,7 @@ def draw_load(run_dir: Path) -> Path | None:
     records = JsonLines(run_dir / "expert_load.jsonl").read()
     if not records or not records[-1]["counts"]:
         return None
-    figure = _figure(9, 0.9 + 0.32 * len(records[-1]["counts"]))
+    figure = empty_figure(9, 0.9 + 0.32 * len(records[-1]["counts"]))
     for axis, record in zip(figure.subplots(1, 2, sharey=True), (records[0], records[-1])):
         ratio = [[c * len(layer) / max(1, sum(layer)) for c in layer] for layer in record["counts"]]
         image = axis.imshow(ratio, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
@@ -71,5 +73,5 @@ def draw_load(run_dir: Path) -> Path | None:
         axis.set_ylabel("MoE layer (MTP last)")
     figure.colorbar(image, ax=figure.axes, label="load / mean load")
     path = run_dir / LOAD_PNG
-    _publish(figure, path)
+    publish_png(figure, path)
     return path

@@ -11,7 +11,15 @@ from deepv3.config.validate import validate
 from deepv3.optim import ramps
 
 # Ranks each preset is made for.
-WORLDS = {"tiny": 1, "mini": 1, "moe_16b": 64, "v3_671b": 2048, "v3_671b_32k": 2048, "v3_671b_128k": 512}
+WORLDS = {
+    "tiny": 1,
+    "mini": 1,
+    "learn_300m": 1,
+    "moe_16b": 64,
+    "v3_671b": 2048,
+    "v3_671b_32k": 2048,
+    "v3_671b_128k": 512,
+}
 
 
 @pytest.mark.parametrize("preset", groups()["config"])
@@ -60,6 +68,14 @@ def test_the_curves_of_tiny_end_with_its_run():
 def test_mini_is_the_shape_of_the_side_by_side_measurements():
     count = parameters(compose(["+config=mini"]).model)
     assert round(count.total / 1e9, 2) == 5.20 and count.mtp == 0
+
+
+def test_learn_300m_is_of_that_size_and_its_experts_are_whole_blocks_of_fp8():
+    cfg = compose(["+config=learn_300m"])
+    count = parameters(cfg.model)
+    assert count.total > 300e6 and count.active < 30e6
+    assert cfg.model.hidden_size % 128 == cfg.model.moe_intermediate_size % 128 == cfg.model.kv_lora_rank % 128 == 0
+    assert cfg.data.fim_rate == 0  # else each seed would tokenise for itself
 
 
 def test_moe_16b_has_the_active_parameters_of_its_class():
