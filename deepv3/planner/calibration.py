@@ -1,6 +1,6 @@
 """What software reaches of the hardware: fractions and times measured once, as data with sources and ranges.
 
-A `Calibration` is a set of constants. Two are built in, each from its own source; a file of measured rows replaces
+A `Calibration` is a set of constants. Four are built in, each from its own source; a file of measured rows replaces
 those constants it has rows for (`measured.py`). Fractions are of the nominal peak of the multiprocessors in use.
 
 `report` is DeepSeek's own software on H800. Its GEMM and attention fractions are kernel durations of their published
@@ -11,6 +11,10 @@ predictions; docs/planner.md lists them.
 
 `torchtitan` changes what differs in TorchTitan 0.2.2: its attention is FlexAttention, its optimizer state FP32, and one
 constant, the seconds per layer and pass outside the modelled kernels, is fitted to its run on one H200.
+
+`megatron` changes who launches: Transformer Engine calls each local expert's product and quantisation one by one
+(nvte_multi_stream_cublas_gemm, split_quantize), and one constant, the seconds per launch, is fitted to one row of
+Megatron-Bridge. `megatron_graphs` is the same where the recipe replays all but the experts from CUDA graphs.
 """
 
 from collections.abc import Mapping
@@ -45,9 +49,11 @@ class Calibration:
     interference: an overlapped pair's time over that of its slots. sync_nic, sync_nvlink: seconds that an all-to-all
     takes besides moving bytes (notification, skew). comm_sms: multiprocessors kept for communication where there is
     expert parallelism. layer_overhead: seconds per layer and pass (forward, backward) that no modelled kernel explains:
-    host waits, unfused operations. launch: seconds per kernel launched. update_bytes: the optimizer's traffic per
-    parameter of the shard.
-    imbalance: the busiest rank's expert rows over the mean. workspace: bytes of context, NCCL and allocator slack.
+    host waits, unfused operations. launch: seconds the host takes per kernel, on a core of 4 GHz. kernels_forward,
+    kernels_backward: launches of a layer and pass besides those per expert. expert_calls: launches per local expert for
+    each of its products (two forward, four backward) and, in FP8, each operand quantised (two and two). update_bytes:
+    the optimizer's traffic per parameter of the shard. imbalance: the busiest rank's expert rows over the mean.
+    workspace: bytes of context, NCCL and allocator slack.
     """
 
     name: str = "report"
@@ -76,6 +82,9 @@ class Calibration:
     comm_sms: Value = constant(Value(20, 20, 20, "V3 3.2.2: 20 of 132 multiprocessors"))
     layer_overhead: Value = constant(Value(0.0, 0.0, 0.0, "the trace's gaps are in the slots' times"))
     launch: Value = constant(Value(8e-6, 15e-6, 5e-6, "assumed: seconds the host takes to launch a kernel from Python"))
+    kernels_forward: Value = constant(Value(45, 45, 45, f"{TRACE}: about what it shows"))
+    kernels_backward: Value = constant(Value(90, 90, 90, f"{TRACE}: about what it shows"))
+    expert_calls: Value = constant(Value(0, 0, 0, "one grouped kernel for all experts"))
     update_bytes: Value = constant(Value(22.0, 22.0, 22.0, "FP32 gradient and master, BF16 moments and weight"))
     imbalance: Value = constant(Value(1.0, 1.2, 1.0, "force-balanced trace; real skew is inside interference"))
     workspace: Value = constant(Value(2.5e9, 3.5e9, 1.5e9, "assumed: CUDA context, NCCL channels, fragmentation"))
@@ -99,5 +108,15 @@ TORCHTITAN = Calibration().changed(
     },
     "torchtitan",
 )
-BUILT_IN = {cal.name: cal for cal in (Calibration(), TORCHTITAN)}
+TE = "Transformer Engine 2.9 to 2.12, grouped_linear.py and extensions/gemm.cpp: a call per expert"
+CAPTURED = "cuda_graph_scope = attn, moe_router, moe_preprocess: replayed"
+MEGATRON = Calibration().changed(
+    {
+        "launch": Value(49e-6, 57e-6, 44e-6, "fitted: Megatron-Bridge 26.02, 256 B200 MXFP8; range: 25.11 to 26.04"),
+        "expert_calls": Value(1, 1, 1, TE),
+    },
+    "megatron",
+)
+GRAPHS = {name: Value(0, 0, 0, CAPTURED) for name in ("kernels_forward", "kernels_backward")}
+BUILT_IN = {cal.name: cal for cal in (Calibration(), TORCHTITAN, MEGATRON, MEGATRON.changed(GRAPHS, "megatron_graphs"))}
 """By name."""

@@ -24,7 +24,7 @@ USAGE = """usage: python launch/plan.py +config=NAME cluster=NAME [key=value ...
   json=true                   one JSON object on stdout instead of tables
   draw=PATH.svg|.png          the step's timeline, and PATH-memory beside it
   search=true                 try grids, schedules, recompute, precision; save=PATH.yaml takes the best
-  calibration=PATH|NAME       rows measured here (docs/planner.md), or report | torchtitan
+  calibration=PATH|NAME       rows measured here (docs/planner.md), or report | torchtitan | megatron | megatron_graphs
   phases=auto|none|[A,B]      presets that continue the run; auto: those named +config's name and more
   measured=RUN_DIR            a run of this configuration, beside its plan
   price=2 mtbf_hours=50700    dollars per device hour; mean time between failures of one device

@@ -13,6 +13,7 @@ from deepv3.errors import ConfigError
 GB = 1e9
 GIB = 2**30
 TERA = 1e12
+GHZ = 1e9
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Device:
 
     bf16, fp8: dense peak, FLOP/s. memory: bytes a process can allocate. hbm: bytes/s, nominal. sms: multiprocessors.
     nvlink: bytes/s per direction, nominal. domain: devices that reach each other by NVLink. nic: bytes/s of the
-    device's share of the network cards, nominal. source: where the numbers stand.
+    device's share of the network cards, nominal. host: highest clock of a core of the processor that launches its
+    kernels, Hz. source: where the numbers stand.
     """
 
     name: str
@@ -33,37 +35,40 @@ class Device:
     nvlink: float
     domain: int
     nic: float
+    host: float
     source: str
 
 
-HOPPER = "NVIDIA H100 data sheet (SXM5)"
+HOPPER = "NVIDIA H100 data sheet (SXM5); DGX H100: Xeon 8480C"
 DEVICES = {
     row.name: row
     for row in (
-        Device("h100", 989.4 * TERA, 1978.9 * TERA, 79.6 * GIB, 3350 * GB, 132, 450 * GB, 8, 50 * GB, HOPPER),
         Device(
-            "h800", 989.4 * TERA, 1978.9 * TERA, 79.6 * GIB, 3350 * GB, 132, 200 * GB, 8, 50 * GB,
+            "h100", 989.4 * TERA, 1978.9 * TERA, 79.6 * GIB, 3350 * GB, 132, 450 * GB, 8, 50 * GB, 3.8 * GHZ, HOPPER,
+        ),
+        Device(
+            "h800", 989.4 * TERA, 1978.9 * TERA, 79.6 * GIB, 3350 * GB, 132, 200 * GB, 8, 50 * GB, 3.8 * GHZ,
             f"{HOPPER}; NVLink 400 GB/s both ways and 8 x 400 Gb/s CX7 a node: HW 4.1, 4.3",
         ),
         Device(
-            "h200", 989.4 * TERA, 1978.9 * TERA, 139.8 * GIB, 4800 * GB, 132, 450 * GB, 8, 50 * GB,
-            "NVIDIA H200 data sheet",
+            "h200", 989.4 * TERA, 1978.9 * TERA, 139.8 * GIB, 4800 * GB, 132, 450 * GB, 8, 50 * GB, 3.8 * GHZ,
+            "NVIDIA H200 data sheet; DGX H200: Xeon 8480C",
         ),
         Device(
-            "b200", 2250 * TERA, 4500 * TERA, 178.3 * GIB, 7700 * GB, 148, 900 * GB, 8, 50 * GB,
-            "NVIDIA HGX B200 data sheet: 8 devices have 36 PFLOP/s FP8 and 1.44 TB",
+            "b200", 2250 * TERA, 4500 * TERA, 178.3 * GIB, 7700 * GB, 148, 900 * GB, 8, 50 * GB, 4.0 * GHZ,
+            "NVIDIA HGX B200 data sheet: 8 devices have 36 PFLOP/s FP8 and 1.44 TB; DGX B200: Xeon 8570",
         ),
         Device(
-            "b300", 2250 * TERA, 4500 * TERA, 267.0 * GIB, 8000 * GB, 148, 900 * GB, 8, 100 * GB,
-            "NVIDIA HGX B300 data sheet; 800 Gb/s CX8",
+            "b300", 2250 * TERA, 4500 * TERA, 267.0 * GIB, 8000 * GB, 148, 900 * GB, 8, 100 * GB, 4.6 * GHZ,
+            "NVIDIA HGX B300 data sheet; 800 Gb/s CX8; DGX B300: Xeon 6776P",
         ),
         Device(
-            "gb200", 2500 * TERA, 5000 * TERA, 184.0 * GIB, 8000 * GB, 148, 900 * GB, 64, 50 * GB,
-            "NVIDIA GB200 NVL72 data sheet; 64 of a rack's 72 devices are used, so that EP64 fits in a rack",
+            "gb200", 2500 * TERA, 5000 * TERA, 184.0 * GIB, 8000 * GB, 148, 900 * GB, 64, 50 * GB, 3.4 * GHZ,
+            "NVIDIA GB200 NVL72 data sheet (Grace); 64 of a rack's 72 devices are used, so that EP64 fits in a rack",
         ),
         Device(
-            "gb300", 2500 * TERA, 5000 * TERA, 277.0 * GIB, 8000 * GB, 148, 900 * GB, 64, 100 * GB,
-            "NVIDIA GB300 NVL72 data sheet; 64 of 72 as above",
+            "gb300", 2500 * TERA, 5000 * TERA, 277.0 * GIB, 8000 * GB, 148, 900 * GB, 64, 100 * GB, 3.4 * GHZ,
+            "NVIDIA GB300 NVL72 data sheet (Grace); 64 of 72 as above",
         ),
     )
 }  # fmt: skip

@@ -86,7 +86,7 @@ class Simulator:
         self.network = Network(layout.cluster, cal)
         self.work = Workload(
             layout.m, layout.cluster.device, cal, layout.precision, layout.recompute, layout.seq_len, layout.tokens,
-            layout.ep,
+            layout.ep, self.a2a.dispatch + self.a2a.combine,
         )  # fmt: skip
 
     @cached_property

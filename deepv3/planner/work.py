@@ -9,8 +9,10 @@ A grouped GEMM is never faster than its memory traffic: expert weights are read 
 reads and writes 8 bytes per element, which with few rows per expert is the larger part. Rows per expert are padded by
 64 on average (128-row tiles). Backward of attention does 2.6 x the forward's FLOPs at V3's head sizes: five products
 of which one repeats. In FP8 the projections of attention and of feed-forwards multiply in FP8; router, head and eh_proj
-stay BF16 (V3 3.3.1, deepv3/precision/recipe.py). A pass over a layer lasts no less than launching its kernels does,
-which is what a small model waits for.
+stay BF16 (V3 3.3.1, deepv3/precision/recipe.py).
+
+A pass over a layer lasts no less than its launches do, whose number may grow with the experts of the rank; the host
+goes on while tokens travel. That is what a small model waits for, and software that calls experts one by one.
 """
 
 from collections.abc import Iterable
@@ -40,7 +42,7 @@ def added(parts: Iterable[Seconds]) -> Seconds:
 
 
 PADDING = 64  # rows, mean per expert
-FORWARD_KERNELS, BACKWARD_KERNELS = 45, 90  # launches of a layer and pass, about what the published trace shows
+HOST = 4e9  # Hz, of the core that `launch` is stated for
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Workload:
     """The arithmetic of one micro-batch on one device.
 
     tokens: of the micro-batch. precision: fp32 | bf16 | fp8. recompute: train.recompute. ep: ranks that share experts.
+    exchange: seconds of a pass's dispatch and combine.
     """
 
     m: ModelConfig
@@ -80,6 +83,7 @@ class Workload:
     seq_len: int
     tokens: int
     ep: int
+    exchange: float = 0.0
 
     @cached_property
     def share(self) -> float:
@@ -192,16 +196,22 @@ class Workload:
         if self.recompute != "none":
             attention_input += self._remade
         forward, inputs, weight, shared = self._experts() if moe else self._dense()
-        attention_forward += self._host(FORWARD_KERNELS, attention_forward, forward)
-        attention_input += self._host(BACKWARD_KERNELS, attention_input, attention_weight, inputs, weight)
+        attention_forward += self._host(False, moe, attention_forward, forward)
+        attention_input += self._host(True, moe, attention_input, attention_weight, inputs, weight)
         if self.recompute == "full":
             attention_input, inputs = attention_input + attention_forward, inputs + forward
         return Layer(moe, attention_forward, attention_input, attention_weight, forward, inputs, weight, shared)
 
-    def _host(self, kernels: int, *pieces: Seconds) -> Seconds:
+    def _host(self, backward: bool, moe: bool, *pieces: Seconds) -> Seconds:
         """What a pass lasts beyond its kernels: the fixed overhead, and launching where that takes longer."""
-        launching = max(0.0, kernels * self.cal.launch.value - added(pieces).total())
-        return Seconds({"host": self.cal.layer_overhead.value + launching})
+        cal = self.cal
+        launches = (cal.kernels_backward if backward else cal.kernels_forward).value
+        if moe:
+            calls = (4 if backward else 2) + (2 if self.precision == "fp8" else 0)
+            launches += cal.expert_calls.value * calls * self.m.n_routed_experts / self.ep
+        busy = added(pieces).total() + (self.exchange if moe else 0.0)
+        launching = launches * cal.launch.value * HOST / self.device.host
+        return Seconds({"host": cal.layer_overhead.value + max(0.0, launching - busy)})
 
     def _dense(self) -> tuple[Seconds, Seconds, Seconds, float]:
         m, fp8 = self.m, self.precision == "fp8"

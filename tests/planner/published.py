@@ -1,22 +1,39 @@
 """Throughput that others have published for V3 and its relatives, laid out as this planner can.
 
 Megatron: performance summary of NVIDIA-NeMo/Megatron-Bridge (docs/performance-summary.md and -archive.md), tokens/s per
-device, balanced routing, no token dropped. Left out there: rows that drop tokens (25.09 on GB200 and B200).
-Interleaved 1F1B (VP > 1) is laid out as plain 1F1B, which has the larger bubble; TP2 x PP8 as PP16.
+device, balanced routing, no token dropped; recipes of the tags v0.2.0 (25.11), v0.3.0 (26.02) and v0.5.0 (26.06) say
+which replay CUDA graphs and how tokens are dispatched. Left out: rows that drop tokens (25.09 on GB200 and B200).
+Interleaved 1F1B (VP > 1) is laid out as plain 1F1B, which has the larger bubble; TP2 x PP8 as PP16; PP8 x VP2 with
+1F1B's all-to-all overlap (B200, 26.04.01) as DualPipeV, which has as many stages and pairs passes likewise.
 AutoModel: NVIDIA-NeMo/Automodel's table of DGX-H100 rows. Left out: its V3 rows, whose PP4 x VP8 with 8 micro-batches
 no schedule here comes near.
 TorchTitan: 0.2.2 on our shape `mini` (5.2 B), measured on H200 with forced balance; middle of the steps' range.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from plans import model, on
 
-from deepv3.planner.calibration import BUILT_IN
+from deepv3.planner.calibration import BUILT_IN, Calibration, Value
 from deepv3.planner.layout import Layout
-from deepv3.planner.simulate import Simulator
+from deepv3.planner.simulate import Simulator, Step
+from deepv3.planner.uncertain import spread
 
 WITHOUT_MTP = replace(model("v3_671b"), num_nextn_predict_layers=0)
+
+
+REPORT, EAGER, GRAPHS = (BUILT_IN[name] for name in ("report", "megatron", "megatron_graphs"))
+ROUTED = (
+    "Megatron-LM's GB200 guide, 2.1.4 and 2.2.1: routing and preparation are 31 kernels, 17 with a fused dispatcher"
+)
+ALL_TO_ALL = EAGER.changed(
+    {
+        "kernels_forward": Value(45 + 14, 45 + 14, 45 + 14, ROUTED),
+        "kernels_backward": Value(90 + 28, 90 + 28, 90 + 28, f"{ROUTED}; backward twice as many"),
+    },
+    "megatron, all-to-all",
+)
 
 
 @dataclass(frozen=True)
@@ -26,33 +43,68 @@ class Row:
     name: str
     layout: Layout
     rate: float
-    calibration: str = "report"
+    calibration: Calibration = REPORT
+
+    @cached_property
+    def step(self) -> Step:
+        """As planned."""
+        return Simulator(self.layout, self.calibration).step()
 
     def error(self) -> float:
         """Planned over published, less 1."""
-        return Simulator(self.layout, BUILT_IN[self.calibration]).step().tokens_per_second_per_gpu / self.rate - 1.0
+        return self.step.tokens_per_second_per_gpu / self.rate - 1.0
+
+    def range(self) -> list[float]:
+        """Tokens/s that the plan prints as least and most."""
+        return spread(self.layout, self.calibration).rate(self.step.tokens_per_second_per_gpu)
 
 
+def megatron(name: str, layout: Layout, rate: float, calibration: Calibration = EAGER) -> Row:
+    """A row of Megatron-Bridge; eager: nothing replayed from CUDA graphs."""
+    return Row(name, layout, rate, calibration)
+
+
+def hgx(device: str, **changes) -> Layout:
+    """256 devices in nodes of 8, PP16 EP8, 4096 sequences, unless said otherwise."""
+    return on(device, 256, **{"pp": 16, "ep": 8, "batch": 4096} | changes)
+
+
+def nvl(device: str, **changes) -> Layout:
+    """256 devices in racks of 64, 4096 sequences, unless said otherwise."""
+    return on(device, 256, **{"batch": 4096} | changes)
+
+
+_PLAIN = {"m": WITHOUT_MTP}
+_BF16 = {"precision": "bf16"} | _PLAIN
+_TWO = {"pp": 2, "ep": 32, "micro": 2}
+_OVERLAPPED = {"pp": 8, "ep": 32, "schedule": "dualpipev"}
+MEGATRON_FITTED = megatron("256 B200, MXFP8, PP16 EP8 (26.02)", hgx("b200"), 2689)
 MEGATRON = (
-    Row("GB200 BF16, 25.11, PP4 EP64", on("gb200", 256, pp=4, precision="bf16", batch=4096, m=WITHOUT_MTP), 3139),
-    Row("GB200 MXFP8, 25.11, PP8 EP32", on("gb200", 256, pp=8, ep=32, batch=4096, m=WITHOUT_MTP), 4018),
-    Row("GB200 MXFP8, 26.02, PP4 EP64", on("gb200", 256, pp=4, batch=4096), 3955),
-    Row(
-        "GB300 BF16, 25.11, PP2 EP32", on("gb300", 256, pp=2, ep=32, precision="bf16", batch=4096, m=WITHOUT_MTP), 3848
-    ),
-    Row("GB300 MXFP8, 25.11, PP2 EP32", on("gb300", 256, pp=2, ep=32, batch=4096, m=WITHOUT_MTP), 4357),
-    Row("GB300 MXFP8, 26.02, PP2 EP32 mbs 2", on("gb300", 256, pp=2, ep=32, batch=4096, micro=2), 4612),
-    Row("H100 FP8, 25.09, TP2 PP8 EP64", on("h100", 1024, pp=16, batch=8192), 1297),
+    megatron("256 GB200, BF16, PP4 EP64 (25.11)", nvl("gb200", pp=4, **_BF16), 3139, GRAPHS),
+    megatron("256 GB200, MXFP8, PP8 EP32 (25.11)", nvl("gb200", pp=8, ep=32, **_PLAIN), 4018, GRAPHS),
+    megatron("256 GB200, MXFP8, PP4 EP64 (26.02)", nvl("gb200", pp=4), 3955, GRAPHS),
+    megatron("256 GB200, MXFP8, PP4 EP64 (26.04.01)", nvl("gb200", pp=4), 4256, GRAPHS),
+    megatron("256 GB300, BF16, PP2 EP32 (25.11)", nvl("gb300", pp=2, ep=32, **_BF16), 3848, GRAPHS),
+    megatron("256 GB300, MXFP8, PP2 EP32 (25.11)", nvl("gb300", pp=2, ep=32, **_PLAIN), 4357, GRAPHS),
+    megatron("256 GB300, MXFP8, PP2 EP32, two sequences (26.02)", nvl("gb300", **_TWO), 4612),
+    megatron("1,024 H100, FP8, TP2 PP8 EP64 as PP16 (25.09)", on("h100", 1024, pp=16, batch=8192), 1297),
+    megatron("256 B200, MXFP8, PP16 EP8, all-to-all (25.11)", hgx("b200", batch=2048), 2139, ALL_TO_ALL),
+    megatron("256 B200, MXFP8, PP16 EP8 (26.04)", hgx("b200"), 2815),
+    megatron("256 B200, MXFP8, PP8 EP32, overlapped (26.04.01)", hgx("b200", **_OVERLAPPED), 3328, GRAPHS),
+    megatron("256 B300, MXFP8, PP16 EP8 (26.02)", hgx("b300"), 2983),
+    megatron("256 B300, MXFP8, PP16 EP8 (26.04)", hgx("b300"), 3131),
+    megatron("256 B300, MXFP8, PP8 EP8, two sequences (26.04.01)", hgx("b300", pp=8, micro=2), 3456, GRAPHS),
+    megatron("256 B300, MXFP8, PP8 EP8, two sequences (26.06)", hgx("b300", pp=8, micro=2), 3541, GRAPHS),
 )
 MISSED = (
-    Row("B200 MXFP8, 25.11, PP16 EP8", on("b200", 256, pp=16, ep=8, batch=2048), 2139),
-    Row("B200 MXFP8, 26.02, PP16 EP8", on("b200", 256, pp=16, ep=8, batch=4096), 2689),
-    Row("B300 MXFP8, 26.02, PP16 EP8", on("b300", 256, pp=16, ep=8, batch=4096), 2983),
+    megatron("256 GB300, MXFP8, PP2 EP32, two sequences (26.04.01)", nvl("gb300", **_TWO), 4992),
+    megatron("256 GB200, MXFP8, PP4 EP64 (26.06)", nvl("gb200", pp=4), 4969, GRAPHS),
+    megatron("256 GB300, MXFP8, PP2 EP32 (26.06)", nvl("gb300", pp=2, ep=32), 6338, GRAPHS),
 )
-"""Out of reach: planned 24 % to 59 % faster. Two releases of the same software lie 26 % apart on one of them."""
+"""Planned slower than published: by interleaving, and from 26.06 by attention in FP8 and fused experts."""
 
 _MOONLIGHT = {"m": model("moe_16b"), "pp": 1, "ep": 8, "precision": "bf16", "recompute": "none"}
 _MINI = {"m": model("mini"), "pp": 1, "precision": "bf16", "recompute": "none", "micro": 2}
 AUTOMODEL = (Row("H100 BF16, Moonlight 16B, EP8", on("h100", 8, batch=256, micro=2, **_MOONLIGHT), 22_898),)
-FITTED = Row("1 x H200 BF16, mini", on("h200", 1, ep=1, batch=2, **_MINI), 20_700, "torchtitan")
-TORCHTITAN = (Row("4 x H200 BF16, mini, EP4", on("h200", 4, ep=4, batch=8, **_MINI), 20_350, "torchtitan"),)
+FITTED = Row("1 x H200 BF16, mini", on("h200", 1, ep=1, batch=2, **_MINI), 20_700, BUILT_IN["torchtitan"])
+TORCHTITAN = (Row("4 x H200 BF16, mini, EP4", on("h200", 4, ep=4, batch=8, **_MINI), 20_350, BUILT_IN["torchtitan"]),)

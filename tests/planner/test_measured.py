@@ -112,7 +112,12 @@ def test_a_file_is_read_whole(tmp_path):
 
 
 def test_built_in_names_are_read():
-    assert read_calibration("report") == Calibration() and set(BUILT_IN) == {"report", "torchtitan"}
+    assert read_calibration("report") == Calibration() and set(BUILT_IN) == {
+        "report",
+        "torchtitan",
+        "megatron",
+        "megatron_graphs",
+    }
 
 
 @pytest.mark.parametrize(

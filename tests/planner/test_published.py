@@ -1,10 +1,11 @@
 """Rows that others published, within 15 %, none of them fitted but the one that says so."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from plans import v3_simulator
-from published import AUTOMODEL, FITTED, MEGATRON, MISSED, TORCHTITAN
+from plans import REPORT, v3_simulator
+from published import AUTOMODEL, FITTED, MEGATRON, MEGATRON_FITTED, MISSED, TORCHTITAN
 
 
 @pytest.mark.parametrize("row", [*MEGATRON, *AUTOMODEL, *TORCHTITAN], ids=lambda row: row.name)
@@ -12,25 +13,41 @@ def test_unfitted_rows_are_within_fifteen_percent(row):
     assert abs(row.error()) < 0.15
 
 
-def test_torchtitans_fitted_row_is_met():
-    assert abs(FITTED.error()) < 0.02
+@pytest.mark.parametrize("row", [FITTED, MEGATRON_FITTED], ids=lambda row: row.name)
+def test_the_two_fitted_rows_are_met(row):
+    assert abs(row.error()) < 0.02
 
 
 def test_the_mean_error_of_the_unfitted_rows_is_small():
     errors = [row.error() for row in (*MEGATRON, *AUTOMODEL, *TORCHTITAN)]
-    assert sum(map(abs, errors)) / len(errors) < 0.08
-    assert abs(sum(errors) / len(errors)) < 0.05, "no lasting bias"
+    assert sum(map(abs, errors)) / len(errors) < 0.06
+    assert abs(sum(errors) / len(errors)) < 0.03, "no lasting bias"
+
+
+def test_the_range_of_a_plan_holds_what_nodes_of_eight_made():
+    """One launch time, fitted to one release on one device, holds four releases on two."""
+    rows = [row for row in (MEGATRON_FITTED, *MEGATRON) if row.layout.cluster.node == 8 and "H100" not in row.name]
+    assert len(rows) == 8
+    for row in rows:
+        least, most = row.range()
+        assert least <= row.rate <= most, row.name
 
 
 @pytest.mark.parametrize("row", MISSED, ids=lambda row: row.name)
-def test_known_misses_are_on_the_fast_side(row):
+def test_known_misses_are_on_the_slow_side(row):
     """docs/planner.md names them; a change that mends one should move it up."""
-    assert 0.15 < row.error() < 0.70
+    assert -0.40 < row.error() < -0.15
+
+
+def test_launches_of_single_experts_explain_the_rows_that_the_kernels_alone_do_not():
+    for row in (MEGATRON_FITTED, *MEGATRON):
+        if "PP16 EP8" in row.name:
+            assert replace(row, calibration=REPORT).error() > 0.18, row.name
 
 
 def test_the_page_shows_what_the_planner_says():
     page = (Path(__file__).parents[2] / "docs" / "planner.md").read_text(encoding="utf-8").replace("*", "")
-    for row in (*MEGATRON, *MISSED, *AUTOMODEL):
+    for row in (MEGATRON_FITTED, *MEGATRON, *MISSED, *AUTOMODEL):
         error = row.error()
         assert f"| {row.rate:,} | {row.rate * (1 + error):,.0f} | {100 * error:+.1f} % |" in page, row.name
     for row in (FITTED, *TORCHTITAN):
