@@ -1,113 +1,200 @@
 """FP8 weight gradients in Gluon, dense and grouped: producer, consumers and ring as in `gluon8`; twin: `triton8`.
 
 Both operands have a scale per 128 rows and column, so a step brings two lines of scales. A group is a range of the
-reduced rows: no descriptor changes between groups, and sizes stay on the device. Results go to memory from the
-registers, a lane's pairs of columns filling whole sectors; what is there already is read just before.
+reduced rows: no descriptor changes between groups, and sizes stay on the device. Two or three consumers have 64 rows of
+a tile each. Of a step, only what needs the products lies behind them:
+1. issue the products; behind their back hand the stage before back, load the scales, multiply rows' by columns', and
+   wait for the next stage; three consumers lack the registers and load scales last, while two others multiply;
+2. wait for the products, scale and add.
+Results leave through shared memory in chunks of 32 columns while the next tile is multiplied. To add to what is there
+is the memory's work too (reduction by TMA): every element is added once, so the same bits come out every time.
 """
+
+from typing import NamedTuple
 
 import triton
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from deepv3.kernels.checks import multiprocessors
-from deepv3.kernels.gluon8 import BAND, M, Tile, flat, matrix, next_stage, place, ring, turns
+from deepv3.kernels.gluon8 import BAND, describe, flat, matrix, next_stage, place
 
-WGRAD_TILES = [Tile(128, 6), Tile(128, 5), Tile(128, 6, turns=True)]
+N = 128  # columns of a tile
+
+
+class WgradTile(NamedTuple):
+    """Consumers of 64 rows each, stages of the ring, chunks of results a consumer may have on their way out."""
+
+    consumers: int
+    stages: int
+    chunks: int
+
+    @property
+    def name(self) -> str:
+        return f"gluon {64 * self.consumers}x{N}, {self.stages} stages"
+
+
+WGRAD_TILES = [WgradTile(2, 5, 3), WgradTile(2, 4, 4), WgradTile(3, 4, 2)]
+
+
+@builtin
+def reduce_add(descriptor, coordinates, source, _semantic=None):
+    """`tma.async_copy_shared_to_global` that adds: Triton 3.6 has the instruction, its Gluon no name for it."""
+    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, coordinates, source.handle)
 
 
 @gluon.jit
-def _wgrad_tile(tile, offsets_ptr, n_out, n_in, n_rows, GROUPED: gl.constexpr, N: gl.constexpr, BAND: gl.constexpr):
+def _barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Barriers of the ring: (stage is filled, stage is free again by all consumers)."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    return full, empty
+
+
+@gluon.jit
+def _wgrad_tile(tile, offsets_ptr, sizes, CONSUMERS: gl.constexpr, GROUPED: gl.constexpr, BAND: gl.constexpr):
     """(group, row, column, first and end of the reduced rows) of a tile."""
-    tiles_m, tiles_n = gl.cdiv(n_out, 128), gl.cdiv(n_in, N)
+    n_out, n_in, n_rows, _ = sizes
+    tiles_m, tiles_n = gl.cdiv(n_out, 64 * CONSUMERS), gl.cdiv(n_in, 128)
     group = tile // (tiles_m * tiles_n)
     tile_m, tile_n = place(tile % (tiles_m * tiles_n), tiles_m, tiles_n, BAND)
     start, end = 0, n_rows
     if GROUPED:
         start = gl.load(offsets_ptr + group - 1, mask=group > 0, other=0)
         end = gl.load(offsets_ptr + group)
-    return group, tile_m * 128, tile_n * N, start, end
+    return group, tile_m * (64 * CONSUMERS), tile_n * 128, start, end
 
 
 @gluon.jit
 def _wgrad_producer(
-    dy,
-    x,
-    dy_scales,
-    x_scales,
+    operands,
     offsets_ptr,
     sizes,
     stages,
-    GROUPED: gl.constexpr,
-    N: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
+    GROUPED: gl.constexpr,
     BAND: gl.constexpr,
 ):
-    n_out, n_in, n_rows, tiles = sizes
+    dy, x, dy_scales, x_scales = operands
+    n_out, n_in, _, tiles = sizes
     a, b, s, t, full, empty = stages
     stage, phase = 0, 1
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        _, row, col, start, end = _wgrad_tile(tile, offsets_ptr, n_out, n_in, n_rows, GROUPED, N, BAND)
+        _, row, col, start, end = _wgrad_tile(tile, offsets_ptr, sizes, CONSUMERS, GROUPED, BAND)
         for first in range(start, end, 128):
             mbarrier.wait(empty.index(stage), phase)
             ready = full.index(stage)
-            mbarrier.expect(ready, (128 + N) * 128 + (128 + N) * 4)
-            tma.async_copy_global_to_shared(dy, [row, first], ready, a.index(stage))
+            mbarrier.expect(ready, (64 * CONSUMERS + 128) * (128 + 4))
+            for part in gl.static_range(CONSUMERS):
+                mine = stage * CONSUMERS + part
+                tma.async_copy_global_to_shared(dy, [row + part * 64, first], ready, a.index(mine))
+                tma.async_copy_global_to_shared(
+                    dy_scales, [first // 128 * n_out + row + part * 64], ready, s.index(mine)
+                )
             tma.async_copy_global_to_shared(x, [col, first], ready, b.index(stage))
-            tma.async_copy_global_to_shared(dy_scales, [first // 128 * n_out + row], ready, s.index(stage))
             tma.async_copy_global_to_shared(x_scales, [first // 128 * n_in + col], ready, t.index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
+def _scales(rows, cols, MMA: gl.constexpr):
+    """[64, 128] of a row's scale times a column's."""
+    row_scale = rows.load(gl.SliceLayout(1, MMA))
+    return gl.expand_dims(row_scale, 1) * gl.expand_dims(cols.load(gl.SliceLayout(0, MMA)), 0)
+
+
+@gluon.jit
+def _send(
+    out,
+    group,
+    row,
+    col,
+    quarters,
+    c,
+    FIRST: gl.constexpr,
+    PART: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    ACCUMULATE: gl.constexpr,
+):
+    """As many 32 columns from the FIRST on as there is room for, once the chunks that took their places have left."""
+    LAST: gl.constexpr = FIRST + CHUNKS if FIRST + CHUNKS < 4 else 4
+    tma.store_wait(CHUNKS - (LAST - FIRST) if FIRST > 0 else 0)
+    gl.thread_barrier()
+    for i in gl.static_range(FIRST, LAST):
+        c.index(PART * CHUNKS + i % CHUNKS).store(gl.reshape(quarters[i], (1, 64, 32)))
+    fence_async_shared()
+    gl.thread_barrier()
+    for i in gl.static_range(FIRST, LAST):
+        chunk = c.index(PART * CHUNKS + i % CHUNKS)
+        if ACCUMULATE:
+            reduce_add(out, [group, row, col + i * 32], chunk)
+        else:
+            tma.async_copy_shared_to_global(out, [group, row, col + i * 32], chunk)
+
+
+@gluon.jit
 def _wgrad_consumer(
-    grad_ptr,
+    out,
     offsets_ptr,
     sizes,
     stages,
-    turn,
-    HALF: gl.constexpr,
-    TURNS: gl.constexpr,
+    c,
+    PART: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+    CHUNKS: gl.constexpr,
     GROUPED: gl.constexpr,
     ACCUMULATE: gl.constexpr,
-    N: gl.constexpr,
-    STAGES: gl.constexpr,
     BAND: gl.constexpr,
 ):
-    n_out, n_in, n_rows, tiles = sizes
+    n_out, _, _, tiles = sizes
     a, b, s, t, full, empty = stages
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 32])
-    stage, phase = 0, 0
-    my_turn = 1 - HALF
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
+    stage, phase, before = 0, 0, -1
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        group, row, col, start, end = _wgrad_tile(tile, offsets_ptr, n_out, n_in, n_rows, GROUPED, N, BAND)
-        total = gl.zeros((64, N), gl.float32, MMA)
-        for _ in range(start, end, 128):
-            mbarrier.wait(full.index(stage), phase)
-            fresh = gl.zeros((64, N), gl.float32, MMA)
-            rows = a.index(stage).slice(HALF * 64, 64)
-            if TURNS:
-                mbarrier.wait(turn.index(HALF), my_turn)
-            part = warpgroup_mma(rows, b.index(stage).permute((1, 0)), fresh, use_acc=False, is_async=True)
-            if TURNS:
-                mbarrier.arrive(turn.index(1 - HALF), count=1)
-                my_turn ^= 1
-            row_scale = s.index(stage).slice(HALF * 64, 64).load(gl.SliceLayout(1, MMA))
-            col_scale = t.index(stage).load(gl.SliceLayout(0, MMA))
+        group, row, col, start, end = _wgrad_tile(tile, offsets_ptr, sizes, CONSUMERS, GROUPED, BAND)
+        row += PART * 64
+        total = gl.zeros((64, 128), gl.float32, MMA)
+        mbarrier.wait(full.index(stage), phase, pred=start < end)
+        for first in range(start, end, 128):
+            mine = stage * CONSUMERS + PART
+            fresh = gl.zeros((64, 128), gl.float32, MMA)
+            part = warpgroup_mma(a.index(mine), b.index(stage).permute((1, 0)), fresh, use_acc=False, is_async=True)
+            gl.thread_barrier()  # all warps have read the stage before, and the products are issued before what follows
+            mbarrier.arrive(empty.index(gl.maximum(before, 0)), count=1, pred=before >= 0)
+            if CONSUMERS == 2:
+                scale = _scales(s.index(mine), t.index(stage), MMA)
+            following, following_phase = next_stage(stage, phase, STAGES)
+            mbarrier.wait(full.index(following), following_phase, pred=first + 128 < end)
             part = warpgroup_mma_wait(0, deps=(part,))
-            gl.thread_barrier()  # all warps have read the stage, not only the one that says so
-            mbarrier.arrive(empty.index(stage), count=1)
-            total += part * (gl.expand_dims(row_scale, 1) * gl.expand_dims(col_scale, 0))
-            stage, phase = next_stage(stage, phase, STAGES)
-        if not ACCUMULATE or end > start:
-            rows = row + HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
-            cols = col + gl.arange(0, N, layout=gl.SliceLayout(0, MMA))
-            mask = gl.expand_dims(rows < n_out, 1) & gl.expand_dims(cols < n_in, 0)
-            places = (group.to(gl.int64) * n_out + gl.expand_dims(rows, 1)) * n_in + gl.expand_dims(cols, 0)
-            if ACCUMULATE:  # pairs of columns a lane, 32 bytes a row and instruction: whole sectors
-                total += gl.load(grad_ptr + places, mask=mask, other=0.0)
-            gl.store(grad_ptr + places, total, mask=mask)
+            if CONSUMERS != 2:
+                scale = _scales(s.index(mine), t.index(stage), MMA)
+            total += part * scale
+            before, stage, phase = stage, following, following_phase
+        if (not ACCUMULATE or end > start) and row < n_out:
+            even, odd = gl.split(gl.permute(gl.reshape(total, (64, 2, 2, 32)), (0, 3, 1, 2)))
+            zeroth, second = gl.split(even)
+            first_, third = gl.split(odd)
+            quarters = (zeroth, first_, second, third)
+            for i in gl.static_range(0, 4, CHUNKS):
+                _send(out, group, row, col, quarters, c, i, PART, CHUNKS, ACCUMULATE)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -116,42 +203,49 @@ def wgrad_kernel(
     x,
     dy_scales,
     x_scales,
-    grad_ptr,
+    out,
     offsets_ptr,
     n_out,
     n_in,
     n_rows,
     tiles,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+    CHUNKS: gl.constexpr,
     GROUPED: gl.constexpr,
     ACCUMULATE: gl.constexpr,
-    N: gl.constexpr,
-    STAGES: gl.constexpr,
     BAND: gl.constexpr,
-    TURNS: gl.constexpr,
 ):
-    a = gl.allocate_shared_memory(dy.dtype, [STAGES, 128, 128], dy.layout)
-    b = gl.allocate_shared_memory(x.dtype, [STAGES, N, 128], x.layout)
-    s = gl.allocate_shared_memory(gl.float32, [STAGES, 128], dy_scales.layout)
-    t = gl.allocate_shared_memory(gl.float32, [STAGES, N], x_scales.layout)
-    full, empty = ring(STAGES)
-    turn = turns()
+    a = gl.allocate_shared_memory(dy.dtype, [STAGES * CONSUMERS, 64, 128], dy.layout)
+    b = gl.allocate_shared_memory(x.dtype, [STAGES, 128, 128], x.layout)
+    s = gl.allocate_shared_memory(gl.float32, [STAGES * CONSUMERS, 64], dy_scales.layout)
+    t = gl.allocate_shared_memory(gl.float32, [STAGES, 128], x_scales.layout)
+    c = gl.allocate_shared_memory(gl.float32, [CONSUMERS * CHUNKS, 1, 64, 32], out.layout)
+    full, empty = _barriers(STAGES, CONSUMERS)
+    operands = (dy, x, dy_scales, x_scales)
     sizes = (n_out, n_in, n_rows, tiles)
-    stages = (a, b, s, t, full, empty)
-    gl.warp_specialize(
-        [
-            (
-                _wgrad_consumer,
-                (grad_ptr, offsets_ptr, sizes, stages, turn, 0, TURNS, GROUPED, ACCUMULATE, N, STAGES, BAND),
-            ),
-            (
-                _wgrad_consumer,
-                (grad_ptr, offsets_ptr, sizes, stages, turn, 1, TURNS, GROUPED, ACCUMULATE, N, STAGES, BAND),
-            ),
-            (_wgrad_producer, (dy, x, dy_scales, x_scales, offsets_ptr, sizes, stages, GROUPED, N, STAGES, BAND)),
-        ],
-        [4, 1],
-        [232, 40],
-    )
+    to = (a, b, s, t, full, empty)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_wgrad_consumer, (out, offsets_ptr, sizes, to, c, 0, 2, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
+                (_wgrad_consumer, (out, offsets_ptr, sizes, to, c, 1, 2, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
+                (_wgrad_producer, (operands, offsets_ptr, sizes, to, 2, STAGES, GROUPED, BAND)),
+            ],
+            [4, 1],
+            [232, 40],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_wgrad_consumer, (out, offsets_ptr, sizes, to, c, 0, 3, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
+                (_wgrad_consumer, (out, offsets_ptr, sizes, to, c, 1, 3, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
+                (_wgrad_consumer, (out, offsets_ptr, sizes, to, c, 2, 3, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
+                (_wgrad_producer, (operands, offsets_ptr, sizes, to, 3, STAGES, GROUPED, BAND)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
 
 
 def launch_wgrad(
@@ -162,27 +256,28 @@ def launch_wgrad(
     x_scales: Tensor,
     offsets: Tensor | None,
     accumulate: bool,
-    tile: Tile,
+    tile: WgradTile,
 ) -> None:
-    """`fp8_wgrad_`, with offsets `grouped_fp8_wgrad_`, without checks."""
+    """`fp8_wgrad_`, with offsets `grouped_fp8_wgrad_`, without checks; `grad` begins at a multiple of 16 bytes."""
+    groups = 1 if offsets is None else grad.shape[0]
     n, k = grad.shape[-2:]
-    tiles = (1 if offsets is None else grad.shape[0]) * triton.cdiv(n, M) * triton.cdiv(k, tile.n)
+    tiles = groups * triton.cdiv(n, 64 * tile.consumers) * triton.cdiv(k, N)
     wgrad_kernel[(min(tiles, multiprocessors(grad.device)),)](
-        matrix(dy_codes, M),
-        matrix(x_codes, tile.n),
-        flat(dy_scales, M),
-        flat(x_scales, tile.n),
-        grad,
+        matrix(dy_codes, 64),
+        matrix(x_codes, N),
+        flat(dy_scales, 64),
+        flat(x_scales, N),
+        describe(grad, (groups, n, k), (n * k, k, 1), (1, 64, 32)),
         grad if offsets is None else offsets,  # not read when dense
         n,
         k,
         dy_codes.shape[1],
         tiles,
+        CONSUMERS=tile.consumers,
+        STAGES=tile.stages,
+        CHUNKS=tile.chunks,
         GROUPED=offsets is not None,
         ACCUMULATE=accumulate,
-        N=tile.n,
-        STAGES=tile.stages,
         BAND=BAND,
-        TURNS=tile.turns,
         num_warps=4,
     )

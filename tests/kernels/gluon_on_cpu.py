@@ -145,7 +145,10 @@ class Machine:
         barrier.step(0, -target.values.numel() * target.values.element_size())
 
     def copy_out(self, descriptor: Descriptor, coordinates: list[Any], source: Shared) -> None:
-        self.queue().append((descriptor, coordinates, source))
+        self.queue().append((descriptor, coordinates, source, False))
+
+    def add_out(self, descriptor: Descriptor, coordinates: list[Any], source: Shared) -> None:
+        self.queue().append((descriptor, coordinates, source, True))
 
     def queue(self) -> list[Any]:
         if not hasattr(self.sent, "queue"):
@@ -155,9 +158,9 @@ class Machine:
     def store_wait(self, pending: int) -> None:
         queue = self.queue()
         while len(queue) > pending:
-            descriptor, coordinates, source = queue.pop(0)
+            descriptor, coordinates, source, add = queue.pop(0)
             inside, tile = descriptor.window(coordinates)
-            descriptor.view[inside] = source.values[tile]
+            descriptor.view[inside] = source.values[tile] + (descriptor.view[inside] if add else 0)
 
     def product(self, pending: int, deps: tuple[Later]) -> Tensor:
         time.sleep(self.lag)
@@ -189,6 +192,10 @@ class Machine:
             num_warps=lambda: 4,
             cdiv=lambda a, b: -(-a // b),
             minimum=lambda a, b: a if a <= b else b,
+            maximum=lambda a, b: a if a >= b else b,
+            reshape=lambda value, shape: value.reshape(shape),
+            permute=lambda value, order: value.permute(order),
+            split=lambda value: value.unbind(-1),
             where=lambda condition, a, b: a if condition else b,
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             arange=lambda start, end, layout: torch.arange(start, end),
@@ -211,8 +218,8 @@ class Machine:
             MBarrierLayout=lambda: "barriers",
             init=lambda barrier, count: barrier.init(count),
             expect=lambda barrier, bytes: barrier.step(1, bytes),
-            arrive=lambda barrier, count: barrier.step(count, 0),
-            wait=lambda barrier, phase: barrier.wait(phase),
+            arrive=lambda barrier, count, pred=True: barrier.step(count, 0) if pred else None,
+            wait=lambda barrier, phase, pred=True: barrier.wait(phase) if pred else None,
         )
         tma = types.SimpleNamespace(
             async_copy_global_to_shared=self.copy_in,
@@ -224,6 +231,7 @@ class Machine:
             "mbarrier": mbarrier,
             "tma": tma,
             "fence_async_shared": lambda: None,
+            "reduce_add": self.add_out,
             "warpgroup_mma": lambda a, b, acc, use_acc, is_async: Later(a, b),
             "warpgroup_mma_wait": self.product,
             "range": lambda *ends: (torch.tensor(i) for i in builtins.range(*(int(end) for end in ends))),

@@ -1,4 +1,4 @@
-"""The Gluon kernels' protocol and arithmetic, run as Python: see `gluon_on_cpu`."""
+"""The Gluon products' protocol and arithmetic, run as Python: see `gluon_on_cpu`."""
 
 import gluon_on_cpu
 import pytest
@@ -12,7 +12,6 @@ from deepv3.kernels import gemm8
 from deepv3.kernels.testing import relative_norm
 
 gluon8 = pytest.importorskip("deepv3.kernels.gluon8", reason=f"Gluon of Triton {gemm8.GLUON_FOR}x")
-gluon8_wgrad = pytest.importorskip("deepv3.kernels.gluon8_wgrad", reason=f"Gluon of Triton {gemm8.GLUON_FOR}x")
 
 PROGRAMS = 3
 TILES = [
@@ -25,14 +24,13 @@ ENDS = {"first empty": [0, 128, 384], "last empty": [256, 384, 384], "all empty"
 
 
 @pytest.fixture(autouse=True)
-def kernel_on_cpu(monkeypatch) -> dict[str, OnCpu]:
-    """Launchers run the kernels as Python, three programs wide."""
-    stand_ins = {name: OnCpu(name, gluon8, gluon8_wgrad) for name in ("mm_kernel", "wgrad_kernel")}
+def kernel_on_cpu(monkeypatch) -> OnCpu:
+    """Launches run the kernel as Python, three programs wide."""
+    stand_in = OnCpu("mm_kernel", gluon8)
     monkeypatch.setattr(gluon8, "describe", Descriptor)
-    for module, name in ((gluon8, "mm_kernel"), (gluon8_wgrad, "wgrad_kernel")):
-        monkeypatch.setattr(module, name, stand_ins[name])
-        monkeypatch.setattr(module, "multiprocessors", lambda device: PROGRAMS)
-    return stand_ins
+    monkeypatch.setattr(gluon8, "mm_kernel", stand_in)
+    monkeypatch.setattr(gluon8, "multiprocessors", lambda device: PROGRAMS)
+    return stand_in
 
 
 def test_a_descriptor_is_made_once_per_address_and_shape_and_keeps_no_memory(monkeypatch):
@@ -64,28 +62,6 @@ def test_grouped_product_of_uneven_experts(ends):
     assert (out[ends[-1] :] == 0).all()
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_weight_gradient(accumulate, tile):
-    grad, *operands, _ = make("fp8_wgrad_", Maker(3, torch.float32), rows=700, n=272, k=400)
-    grad = grad if accumulate else torch.full_like(grad, float("nan"))
-    expected = grad.clone()
-    gluon8_wgrad.launch_wgrad(grad, *operands, None, accumulate, tile)
-    kernels.fp8_wgrad_.__wrapped__(expected, *operands, accumulate)
-    assert relative_norm(grad, expected) <= 1e-6
-
-
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
-def test_grouped_weight_gradient_of_uneven_experts(ends, accumulate):
-    grad, *operands, offsets, _ = make("grouped_fp8_wgrad_", Maker(4, torch.float32), ends=ends, rows=512, n=144, k=272)
-    grad = grad if accumulate else torch.full_like(grad, float("nan"))
-    expected = grad.clone()
-    gluon8_wgrad.launch_wgrad(grad, *operands, offsets, accumulate, TILES[0])
-    kernels.grouped_fp8_wgrad_.__wrapped__(expected, *operands, offsets, accumulate)
-    assert relative_norm(grad, expected) <= 1e-6
-
-
 ARRIVE = "            mbarrier.arrive(empty.index(stage), count=1)\n"
 WAIT = "            part = warpgroup_mma_wait(0, deps=(part,))\n"
 MISTAKES = {
@@ -104,7 +80,7 @@ MISTAKES = {
 def test_a_mistake_in_the_protocol_is_found(mistake, kernel_on_cpu, monkeypatch):
     """What the tests above would have missed if they passed for another reason."""
     monkeypatch.setattr(gluon_on_cpu, "PATIENCE", 0.5)
-    kernel = kernel_on_cpu["mm_kernel"]
+    kernel = kernel_on_cpu
     assert all(any(old in source for source in kernel.sources.values()) for old in MISTAKES[mistake])
     kernel.edits, kernel.lag = MISTAKES[mistake], 0.01
     *operands, _ = make("fp8_mm", Maker(5, torch.float32), rows=512, n=256, k=512)

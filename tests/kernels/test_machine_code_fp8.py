@@ -151,16 +151,3 @@ def test_gluon_product_is_specialised_by_warps(args, monkeypatch):
             gluon8.launch_mm(*args, tile)
         lint_specialised(built[0])
         assert built[0].count("UTMASTG") >= 2
-
-
-@gluon
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_gluon_weight_gradient_is_specialised_by_warps(accumulate, monkeypatch):
-    from deepv3.kernels import gluon8_wgrad
-
-    monkeypatch.setattr(gluon8_wgrad, "multiprocessors", lambda device: 132)
-    for tile in gluon8_wgrad.WGRAD_TILES:
-        with building() as built:
-            gluon8_wgrad.launch_wgrad(*GRADIENT, accumulate, tile)
-        lint_specialised(built[0])
-        assert built[0].count("UTMALDG") >= 4
