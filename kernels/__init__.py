@@ -15,6 +15,7 @@ from deepv3.kernels.reference import adamw as _adamw
 from deepv3.kernels.reference import balance as _balance
 from deepv3.kernels.reference import e5m6 as _e5m6
 from deepv3.kernels.reference import embedding as _embedding
+from deepv3.kernels.reference import exchange as _exchange
 from deepv3.kernels.reference import gather8 as _gather8
 from deepv3.kernels.reference import gemm as _gemm
 from deepv3.kernels.reference import gemm8 as _gemm8
@@ -49,6 +50,8 @@ __all__ = [
     "grouped_wgrad_",
     "permute",
     "permute_fp8",
+    "places",
+    "push",
     "quantise_blocks",
     "quantise_both",
     "quantise_columns",
@@ -63,12 +66,16 @@ __all__ = [
     "router_topk_backward",
     "routing_tables",
     "row_bound",
+    "signal",
     "sum_of_squares",
     "swiglu",
     "swiglu_backward",
     "swiglu_fp8",
     "swiglu_fp8_backward",
+    "take",
+    "unpack",
     "unpermute",
+    "wait",
 ]
 
 
@@ -102,6 +109,12 @@ balance_loss_backward = _by_device(_balance.balance_loss_backward)
 routing_tables = _by_device(_routing.routing_tables)
 permute = _by_device(_routing.permute)
 unpermute = _by_device(_routing.unpermute)
+push = _by_device(_exchange.push)
+signal = _by_device(_exchange.signal)
+wait = _by_device(_exchange.wait)
+take = _by_device(_exchange.take)
+places = _by_device(_exchange.places)
+unpack = _by_device(_exchange.unpack)
 swiglu = _by_device(_activation.swiglu)
 swiglu_backward = _by_device(_activation.swiglu_backward)
 cross_entropy = _by_device(_loss.cross_entropy)

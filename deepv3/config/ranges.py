@@ -10,6 +10,7 @@ from deepv3.config.schema import Config
 CHOICES: dict[str, tuple[str, ...]] = {
     "optim.moment_dtype": ("bfloat16", "float32"),
     "data.bad_documents": ("skip", "stop"),
+    "parallel.dispatcher": ("all_to_all", "symmetric"),
     "parallel.schedule": ("1f1b", "zb1p", "dualpipe", "dualpipev"),
     "precision.name": ("fp32", "bf16", "fp8"),
     "precision.recipe": ("v3", "block_gradients"),

@@ -166,6 +166,11 @@ class ParallelConfig:
     ranks_per_node: int = knob(
         0, "Consecutive ranks with a fast network between them (V3 3.2: 8); 0 takes what torchrun started per node."
     )
+    dispatcher: str = knob(
+        "all_to_all",
+        "all_to_all | symmetric: how tokens reach experts; symmetric goes through memory that a node's ranks share and "
+        "no device waits for the host; needs ep_size <= ranks_per_node (docs/expert-parallelism.md).",
+    )
     strict: bool = knob(
         False, "Refuse micro-batch counts with which the schedule would run less than fully overlapped."
     )

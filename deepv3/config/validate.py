@@ -13,6 +13,7 @@ from deepv3.config.schema import BatchRamp, Config, ModelConfig, RopeScaling, Se
 from deepv3.errors import ConfigError
 
 FP8_UNIT = 16  # elements of one byte; what the kernels load at once
+SHARED_UNIT = 16  # bytes; what a lane copies at once
 FORMATS = ("auto", "text", "parquet", "jsonl", "arrow", "hub")  # of one source of documents
 
 
@@ -176,7 +177,26 @@ def _grid(cfg: Config, world_size: int) -> Iterator[str]:
     elif dp % ep:
         fix = f"start a multiple of {pp * ep} ranks or set parallel.ep_size={_near_divisors(dp, ep)}"
         yield _indivisible(ranks, dp, "parallel.ep_size", ep, fix)
+    yield from _shared_memory(cfg)
     yield from _batches(cfg, dp)
+
+
+def _shared_memory(cfg: Config) -> Iterator[str]:
+    """Whether rows can travel through memory that the ranks of a node share."""
+    parallel = cfg.parallel
+    if parallel.dispatcher != "symmetric":
+        return
+    if 0 < parallel.ranks_per_node < parallel.ep_size:
+        yield (
+            f"parallel.ep_size = {parallel.ep_size} exceeds parallel.ranks_per_node = {parallel.ranks_per_node}, and "
+            f"parallel.dispatcher = symmetric works inside a node; set parallel.ep_size={parallel.ranks_per_node} or "
+            f"less, or parallel.dispatcher=all_to_all"
+        )
+    size = 4 if cfg.precision.name == "fp32" else 2
+    if cfg.model.hidden_size * size % SHARED_UNIT:
+        fix = "take another width, or parallel.dispatcher=all_to_all"
+        name = f"model.hidden_size x {size} bytes"
+        yield _indivisible(name, cfg.model.hidden_size * size, "the unit of shared rows in bytes", SHARED_UNIT, fix)
 
 
 def _batches(cfg: Config, dp: int) -> Iterator[str]:

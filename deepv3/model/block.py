@@ -93,7 +93,7 @@ class Block(nn.Module):
         return x if local is None else x + local(u)
 
     def experts(self, dispatched: Dispatched | None) -> Tensor | None:
-        return None if dispatched is None else self.moe.experts(dispatched)
+        return None if dispatched is None else self.moe.dispatcher.work(dispatched, self.moe.experts)
 
     def combine(self, rows: Tensor | None, dispatched: Dispatched | None, base: Tensor) -> Tensor:
         return base if rows is None or dispatched is None else self.moe.dispatcher.combine(rows, dispatched, base)

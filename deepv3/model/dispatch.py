@@ -4,6 +4,7 @@ A dispatcher has `held`, `dispatch` and `combine`, and is handed to the MoE laye
 where experts live. Here all of them are local and a permutation does; `exchange` brings tokens to other ranks and back.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -120,6 +121,10 @@ class LocalDispatch:
         if self.recipe is None or self.recipe[COMBINE_GRADIENT] == BF16:
             return None
         return Passed(self.recipe[COMBINE_GRADIENT])
+
+    def work(self, dispatched: Dispatched, experts: Callable[[Dispatched], Tensor]) -> Tensor:
+        """The experts' part, between the two: rows [R, D] of what `experts` makes of them."""
+        return experts(dispatched)
 
     def combine(self, rows: Tensor, dispatched: Dispatched, base: Tensor) -> Tensor:
         """base [T, D] plus the sum of every token's K rows, unweighted: gates are inside the rows already."""

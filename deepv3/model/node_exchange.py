@@ -23,6 +23,7 @@ from deepv3.errors import ConfigError
 from deepv3.model.dispatch import LocalDispatch
 from deepv3.model.exchange import AllToAllDispatch, Leg, Plan, Route
 from deepv3.model.router import Routing
+from deepv3.model.symmetric import Extent, SymmetricDispatch
 from deepv3.precision.recipe import Recipe
 
 
@@ -67,17 +68,32 @@ class NodeDispatch(AllToAllDispatch):
 
 
 def make_dispatch(
-    grid: Grid, n_routed_experts: int, ranks_per_node: int, keep_rows: bool = False, recipe: Recipe | None = None
+    grid: Grid,
+    n_routed_experts: int,
+    ranks_per_node: int,
+    keep_rows: bool = False,
+    recipe: Recipe | None = None,
+    extent: Extent | None = None,
 ) -> LocalDispatch:
     """The dispatcher of this rank: local without expert parallelism, by node where expert groups span nodes of several
     ranks, else plain all-to-all. Collective over the world (it makes groups): once per run, for all layers.
 
     ranks_per_node: consecutive ranks that share a fast network. keep_rows: for layers that recompute everything.
-    recipe: the model's, with which tokens travel in FP8.
-    Raises ConfigError where an expert group covers a node in part, or ep_size does not divide the experts.
+    recipe: the model's, with which tokens travel in FP8. extent: of a dispatch at most; given where the exchange is to
+    go through memory that the ranks of a node share.
+    Raises ConfigError where an expert group covers a node in part, or more than one and is to share memory, or ep_size
+    does not divide the experts.
     """
     if grid.ep_size == 1:
         return LocalDispatch(keep_rows, recipe)
+    if extent is not None:
+        if ranks_per_node < grid.ep_size:
+            raise ConfigError(
+                f"parallel.dispatcher = symmetric shares memory inside a node, and parallel.ep_size = {grid.ep_size} "
+                f"exceeds the {ranks_per_node} ranks of one; set parallel.ep_size={ranks_per_node} or less, or "
+                f"parallel.dispatcher=all_to_all"
+            )
+        return SymmetricDispatch(grid.group("ep"), n_routed_experts, extent, grid.device, keep_rows, recipe)
     if ranks_per_node == 1 or ranks_per_node >= grid.ep_size:
         return AllToAllDispatch(grid.group("ep"), n_routed_experts, keep_rows, recipe)
     if grid.ep_size % ranks_per_node:

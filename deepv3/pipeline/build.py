@@ -7,6 +7,7 @@ from deepv3.config.schema import Config
 from deepv3.config.validate import ramp_sizes
 from deepv3.dist import Grid
 from deepv3.model.node_exchange import make_dispatch
+from deepv3.model.symmetric import Extent
 from deepv3.model.transformer import DTYPES, Transformer
 from deepv3.pipeline.executor import Executor
 from deepv3.pipeline.layout import StageSpec, embedding_ranks, format_layout, place
@@ -78,6 +79,14 @@ def ranks_per_node(cfg: Config, grid: Grid) -> int:
     return cfg.parallel.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", grid.world_size))
 
 
+def _shared_extent(cfg: Config) -> Extent | None:
+    """What a dispatch may hold, where it is to go through shared memory."""
+    if cfg.parallel.dispatcher != "symmetric":
+        return None
+    tokens = cfg.train.micro_batch_size * cfg.data.seq_len
+    return Extent(tokens, cfg.model.hidden_size, cfg.model.num_experts_per_tok, DTYPES[cfg.precision.name])
+
+
 def build_pipeline(cfg: Config, grid: Grid, placement: Placement) -> tuple[Transformer, Executor | PlainExecutor]:
     """This rank's part of the model, with its initial weights, and what runs it."""
     queues = [WeightGradQueue() for _ in placement.held]
@@ -89,7 +98,9 @@ def build_pipeline(cfg: Config, grid: Grid, placement: Placement) -> tuple[Trans
         cfg.train.loss_chunk,
         device=grid.device,
         dtype=DTYPES[cfg.precision.name],
-        dispatcher=make_dispatch(grid, cfg.model.n_routed_experts, ranks_per_node(cfg, grid), full, recipe),
+        dispatcher=make_dispatch(
+            grid, cfg.model.n_routed_experts, ranks_per_node(cfg, grid), full, recipe, _shared_extent(cfg)
+        ),
         parts=() if whole else parts,
         recipe=recipe,
     )

@@ -55,6 +55,10 @@ COMBINATIONS = [
         ["parallel.pp_size=2"],
         "the world size = 1 is not divisible by parallel.pp_size = 2 (1 = 0 x 2 + 1); start a mult",
     ),
+    (
+        ["parallel.dispatcher=symmetric", "model.hidden_size=66"],
+        "model.hidden_size x 4 bytes = 264 is not divisible by the unit of shared rows in bytes = 16",
+    ),
     (["train.global_batch_size=18"], "train.global_batch_size = 18 is not divisible by train.micro_batch_size x data"),
     (["train.eval_sequences=6"], "train.eval_sequences = 6 is not divisible by train.micro_batch_size x data"),
     (["logging.profile_steps=[6,5]"], "logging.profile_steps = [6, 5] is no window; give [first,last]"),
@@ -82,6 +86,15 @@ def test_an_impossible_combination_is_refused_with_both_sides_and_the_fix(overri
     message = refusal(overrides)
     assert len(message) == 1, "one mistake, one line"
     assert words in message[0]
+
+
+def test_shared_memory_ends_at_the_node():
+    overrides = ["parallel.dispatcher=symmetric", "parallel.ep_size=2", "parallel.ranks_per_node="]
+    (message,) = refusal([*overrides[:2], overrides[2] + "1"], world_size=2)
+    assert (
+        message.startswith("parallel.ep_size = 2 exceeds parallel.ranks_per_node = 1, and") and "all_to_all" in message
+    )
+    validate(tiny(*overrides[:2], overrides[2] + "2"), 2)
 
 
 def test_each_size_of_a_batch_ramp_has_to_fit_the_grid():

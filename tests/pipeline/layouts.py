@@ -28,6 +28,7 @@ class Case(NamedTuple):
     layout: str = ""
     batch: int = BATCH
     wide: bool = False  # shapes that GPU kernels take
+    dispatcher: str = "all_to_all"
 
     @property
     def world(self) -> int:
@@ -38,7 +39,8 @@ class Case(NamedTuple):
         return 128 if self.wide else SEQ
 
     def __str__(self) -> str:
-        return f"{self.schedule}-pp{self.pp}-ep{self.ep}-dp{self.dp}-mtp{self.mtp}-{self.recompute}-{self.precision}"
+        name = f"{self.schedule}-pp{self.pp}-ep{self.ep}-dp{self.dp}-mtp{self.mtp}-{self.recompute}-{self.precision}"
+        return name if self.dispatcher == "all_to_all" else f"{name}-{self.dispatcher}"
 
 
 def config(case: Case) -> Config:
@@ -56,7 +58,7 @@ def config(case: Case) -> Config:
             max_position_embeddings=256, initializer_range=0.05,
         )  # fmt: skip
     cfg.parallel.pp_size, cfg.parallel.ep_size, cfg.parallel.schedule = case.pp, case.ep, case.schedule
-    cfg.parallel.layout = case.layout
+    cfg.parallel.layout, cfg.parallel.dispatcher = case.layout, case.dispatcher
     cfg.precision.name, cfg.train.recompute = case.precision, case.recompute
     cfg.train.global_batch_size, cfg.data.seq_len = case.batch, case.seq_len
     cfg.optim.clip_norm, cfg.optim.moment_dtype = 0.2, "float32"
