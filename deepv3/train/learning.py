@@ -47,7 +47,7 @@ QUIET = ["train.eval_every=0", "checkpoint.every=null", "logging.wandb=disabled"
          "logging.plot_every=1000000", "train.finish=[]", "train.tokens=null", "train.resume=never"]  # fmt: skip
 ENDLESS = 1_000_000  # steps of runs that are stopped from outside
 WARM_STEPS = 3
-WARM_SECONDS = 180.0  # for them, at most
+WARM_SECONDS = 120.0  # for them, at most
 AFTER = 15.0  # seconds kept at the end for the runs' own reports, the picture and the tables
 SAFETY = 0.96  # of the time, that the runs are planned to take
 CALIBRATION = 0.35  # of what is left of the limit, at most
@@ -141,41 +141,48 @@ def curve(cfg: Config, steps: int) -> list[str]:
     return [f"train.steps={steps}", f"optim.lr_schedule=[{segment}]", f"optim.warmup_steps={warmup}"]
 
 
-def warm_up(
-    folder: Path, options: Options, common: list[str], device: str, environment: dict[str, str], cancel: Event
-) -> bool:
-    """Have every recipe's kernels compiled and chosen, on a little text; whether all of them ran.
+@dataclass
+class Warmth:
+    """What short runs on a device need: where they write, what they are, and what calls them off."""
 
-    FP8 comes first and alone: its products are timed on their first call, and company would blur that.
-    """
-    text = f"data.sources=[{{path:'{Path(deepv3.__file__).parent}',suffixes:[.py],format:text}}]"
-    recipes = sorted({name.rpartition("-")[0] for name in options.runs}, key=lambda recipe: recipe != "fp8")
-    good = True
-    for part in (recipes[:1], recipes[1:]):
-        if part:
+    folder: Path
+    options: Options
+    common: list[str]
+    devices: list[str]
+    cancel: Event
+    script: Path = PRETRAIN
+
+    def up(self, name: str, environment: dict[str, str]) -> bool:
+        """Have every recipe's kernels compiled and chosen, on a little text; whether all of them ran.
+
+        FP8 comes first and alone: its products are timed on their first call, and company would blur that.
+        """
+        text = f"data.sources=[{{path:'{Path(deepv3.__file__).parent}',suffixes:[.py],format:text}}]"
+        own = [*self.common, text, "data.tokenizer_train_bytes=1000000", f"train.steps={WARM_STEPS}", "seed=1"]
+        recipes = sorted({run.rpartition("-")[0] for run in self.options.runs}, key=lambda recipe: recipe != "fp8")
+        for part in (recipes[:1], recipes[1:]):
             some = [Trial(recipe, RECIPES[recipe]) for recipe in part]
-            own = [*common, text, "data.tokenizer_train_bytes=1000000", f"train.steps={WARM_STEPS}"]
-            with Group(folder, some, own, [device], environment) as group:
-                group.wait(time.monotonic() + WARM_SECONDS, cancel.is_set)
-                group.stop()
-            good = good and all(group.end(trial) == "done" for trial in some)
-    return good
+            with Group(self.folder / name, some, own, self.devices[:1], environment, self.script) as group:
+                group.wait(time.monotonic() + WARM_SECONDS, self.cancel.is_set)
+            ends = {trial.name: group.end(trial) for trial in some}
+            if bad := {recipe: end for recipe, end in ends.items() if end != "done"}:
+                say("warning", f"the first steps of {bad}{' with the multi-process service' if environment else ''}")
+                return False
+        return True
 
 
-def _company(
-    stack: ExitStack, folder: Path, options: Options, common: list[str], devices: list[str], cancel: Event
-) -> dict[str, str]:
+def _company(stack: ExitStack, warmth: Warmth) -> dict[str, str]:
     """The variables of the multi-process service, if runs work with it; kernels are warm afterwards."""
-    if not devices:
+    if not warmth.devices:
         return {}
-    if options.mps and len(options.runs) > len(devices):
+    if warmth.options.mps and len(warmth.options.runs) > len(warmth.devices):
         with ExitStack() as attempt:
             variables = attempt.enter_context(mps.service())
-            if variables and warm_up(folder / "warm-mps", options, common, devices[0], variables, cancel):
+            if variables and warmth.up("warm-mps", variables):
                 stack.push(attempt.pop_all())
                 return variables
-    if not warm_up(folder / "warm", options, common, devices[0], {}, cancel):
-        say("warning", "not every recipe came through its first steps; what it meets, its run will meet and tell")
+    if not warmth.cancel.is_set():
+        warmth.up("warm", {})  # what fails here is warned of; the run itself will tell
     return {}
 
 
@@ -221,7 +228,7 @@ def measure(options: Options, rest: list[str], script: Path = PRETRAIN) -> str:
         thread = stack.enter_context(ThreadPoolExecutor(1))
         cancel = Event()
         stack.callback(cancel.set)  # before the thread is waited for
-        company = thread.submit(_company, stack, aside, options, common, devices, cancel)
+        company = thread.submit(_company, stack, Warmth(aside, options, common, devices, cancel))
         prepared = prepare(cfg)
         for line in prepared.describe():
             say("text", line)

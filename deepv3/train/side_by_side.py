@@ -68,7 +68,7 @@ class Group:
 
     def __enter__(self) -> "Group":
         self.folder.mkdir(parents=True, exist_ok=True)
-        threads = max(1, (os.cpu_count() or 1) // len(self.trials))
+        threads = max(1, (os.cpu_count() or 1) // max(1, len(self.trials)))
         own = {"OMP_NUM_THREADS": str(threads)} if "OMP_NUM_THREADS" not in os.environ else {}
         for trial in self.trials:
             where = {"CUDA_VISIBLE_DEVICES": trial.device} if trial.device is not None else {}

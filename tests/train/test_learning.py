@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -102,6 +104,30 @@ def test_runs_that_the_limit_meets_are_judged_by_what_all_have(text, tmp_path, s
     data = json.loads((tmp_path / "out" / "learning.json").read_text())
     assert 4 <= data["verdict"]["steps"] == min(len(run["losses"]) for run in data["runs"])
     assert data["verdict"]["gaps"]["1"] > 0
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_service_is_used_only_if_short_runs_of_every_recipe_work_with_it(works, tmp_path, monkeypatch):
+    script, ended = tmp_path / "script.py", []
+    script.write_text(
+        "import os, sys\n"
+        f"open('{tmp_path}/log', 'a').write(('MPS ' if 'SERVICE' in os.environ else '') + "
+        "next(a for a in sys.argv if a.startswith('run_dir')).split('/')[-1].strip(\"'\") + '|')\n"
+        f"sys.exit('SERVICE' in os.environ and not {works})\n"
+    )
+
+    @contextmanager
+    def service():
+        yield {"SERVICE": "1"}
+        ended.append(True)
+
+    monkeypatch.setattr(learning.mps, "service", service)
+    options = Options(runs=["bf16-1", "fp8-1", "fp8-2"])
+    with ExitStack() as stack:
+        found = learning._company(stack, learning.Warmth(tmp_path, options, [], ["0"], Event(), script))
+        assert found == ({"SERVICE": "1"} if works else {}) and ended == ([] if works else [True])
+    assert ended == [True]
+    assert (tmp_path / "log").read_text() == ("MPS fp8|MPS bf16|" if works else "MPS fp8|fp8|bf16|")
 
 
 def test_no_token_is_read_twice_and_short_text_is_said(text, tmp_path):
