@@ -1,12 +1,14 @@
-"""Measurements here: ``python launch/bench.py what=train|profile|calibration|layer|kernels [key=value ...]``.
+"""Measurements here: ``python launch/bench.py what=train|profile|calibration|layer|exchange|kernels [key=value ...]``.
 
 what=train     tokens/s, memory and start-up of `mini`, beside TorchTitan 0.2.2 with peer=torchtitan; own keys:
                steps, rounds, processes, peer, tokenizer (folder for TorchTitan); the rest are overrides of ours
 what=profile   device time of one training step by kernel; the rest are overrides of the configuration
-what=calibration  rows for the planner (docs/planner.md) as JSON; device=h200 names it, fp8=true measures FP8 too, the
-               rest are overrides of the configuration whose shapes are measured
+what=calibration  rows for the planner (docs/planner.md) as JSON, from training steps of a few layers; device=h200 names
+               it, the rest are overrides of the configuration whose widths, batch and precision are measured
 what=layer     one mixture layer as one of ranks=64 runs it (default: configuration v3_671b), forward and backward,
                without the wire; the rest are overrides of the configuration
+what=exchange  dispatch and combine among the ranks that torchrun started, all-to-all beside shared memory; own keys:
+               rounds, tokens (per rank; default: those of `mini` and V3)
 what=kernels   every kernel at the shapes of `mini` and `v3_671b` beside torch's own, FP8 beside cuBLAS and BF16
 """
 

@@ -13,7 +13,6 @@ DEFAULTS = {
     "peer": "none",
     "tokenizer": "",
     "device": "",
-    "fp8": "false",
     "ranks": "64",
 }
 
@@ -58,7 +57,8 @@ def calibration(own: dict[str, str], rest: list[str]) -> str:
 
     if own["device"] not in DEVICES:
         raise ConfigError(f"device = {own['device']!r} is none of {', '.join(DEVICES)}; take the one this machine has")
-    return json.dumps(document(compose(rest), own["device"], own["fp8"] == "true"))
+    words = ["launch/bench.py", "what=calibration", f"device={own['device']}", *rest]
+    return json.dumps(document(compose(rest), own["device"], " ".join(words)))
 
 
 def layer(own: dict[str, str], rest: list[str]) -> str:
@@ -68,10 +68,20 @@ def layer(own: dict[str, str], rest: list[str]) -> str:
     return layer_bench.measure(compose(rest or ["+config=v3_671b"]), int(own["ranks"]))
 
 
+def exchange(own: dict[str, str], rest: list[str]) -> str:
+    from deepv3.train import exchange_bench
+
+    unknown = [argument for argument in rest if not argument.startswith("tokens=")]
+    if unknown:
+        raise ConfigError(f"what=exchange takes rounds=N and tokens=N, not {' '.join(unknown)}")
+    tokens = int(rest[-1].partition("=")[2]) if rest else 0
+    return exchange_bench.report(int(own["rounds"]) if own["rounds"] != DEFAULTS["rounds"] else 10, tokens)
+
+
 def kernels(own: dict[str, str], rest: list[str]) -> str:
     from deepv3.kernels.benchmark import report
 
     return "\n\n".join(report())
 
 
-MEASUREMENTS = {f.__name__: f for f in (train, profile, calibration, layer, kernels)}
+MEASUREMENTS = {f.__name__: f for f in (train, profile, calibration, layer, exchange, kernels)}
