@@ -9,21 +9,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepv3.kernels.casts import INTERPRETED, special
 from deepv3.kernels.checks import ACTIVATIONS, FP32, block, check
 
 ELEMENTS = 2048  # outputs of a tile: 4 warps x 32 lanes x 16
 
 
 @triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)) in FP32; 0 below -87, where it would be denormal."""
+    if INTERPRETED:
+        return tl.sigmoid(x)
+    else:  # two instructions of the special function unit; Triton's own guard against denormals, and divide by more
+        power = special("ex2.approx.ftz.f32 $0, $1;", x * -1.4426950408889634)
+        return special("rcp.approx.ftz.f32 $0, $1;", 1.0 + power)
+
+
+@triton.jit
 def swiglu_output(gate, up):
     """silu(gate) * up in FP32."""
-    return gate * tl.sigmoid(gate) * up
+    return gate * _sigmoid(gate) * up
 
 
 @triton.jit
 def swiglu_gradient(dy, gate, up, weight):
     """(gradients of gate and up, the output before its weight) in FP32; weight broadcasts."""
-    sigmoid = tl.sigmoid(gate)
+    sigmoid = _sigmoid(gate)
     silu = gate * sigmoid
     dact = dy * weight
     return dact * up * (sigmoid + silu * (1 - sigmoid)), dact * silu, silu * up

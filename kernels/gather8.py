@@ -2,7 +2,9 @@
 
 - permute_fp8: tiles of 16 rows x 1024 codes, and their 8 column blocks of scales. A scale is gathered alone (4 of 32
   bytes), from an array that stays in L2.
-- requantise: tiles of 128 rows x 128 codes, one scale per row; gathered rows are read in pieces of 128 bytes.
+- requantise: tiles of 128 rows x 128 codes, one scale per row, turned as codes; gathered rows are read in pieces of 128
+  bytes.
+Both walk down strips of columns (`routing.strip_tile`): a token's copies are read while its piece is in L2.
 """
 
 import torch
@@ -10,12 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepv3.kernels.casts import PAD_SCALE, from_e4m3, store_columns, turned_rows
+from deepv3.kernels.casts import PAD_SCALE
 from deepv3.kernels.checks import INT32, check, check_rows8
 from deepv3.kernels.quantise import empty_columns, empty_rows
 from deepv3.kernels.reference.quantise import BLOCK
+from deepv3.kernels.routing import strip_tile
+from deepv3.kernels.turn import column_words, four, from_word, store_columns, turn_codes, turned_rows
 
-ROWS, COLS = 16, 1024
+ROWS, COLS, STRIP = 16, 1024, 1  # of permute_fp8: a tile, and the column tiles that are gathered side by side
+WARPS, BLOCKS = 8, 8  # of requantise: a program's warps, and the column blocks that are gathered side by side
 
 
 @triton.jit
@@ -31,10 +36,10 @@ def _permute_kernel(
     out_stride,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
-    tiles = tl.cdiv(n_cols, COLS)
-    slots = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
-    tile = tl.program_id(0) % tiles
+    row_tile, tile = strip_tile(tl.cdiv(n_rows, ROWS), tl.cdiv(n_cols, COLS), STRIP)
+    slots = row_tile * ROWS + tl.arange(0, ROWS)
     cols = tile * COLS + tl.arange(0, COLS)
     inside = slots < n_rows
     tokens = tl.load(token_of_slot_ptr + slots, mask=inside, other=-1).to(tl.int64)
@@ -64,21 +69,29 @@ def _requantise_kernel(
     code_stride,
     GATHER: tl.constexpr,
     POW2: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
-    blocks = tl.cdiv(n_cols, 128)
-    row_block, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    slots = row_block * 128 + turned_rows()
+    row_block, block = strip_tile(tl.cdiv(n_rows, 128), tl.cdiv(n_cols, 128), STRIP)
+    rows, inside = _source(token_of_slot_ptr, row_block * 128 + turned_rows(), n_rows, GATHER)
     cols = block * 128 + tl.arange(0, 128)
+    mask = inside[:, None] & (cols < n_cols)[None, :]
+    codes = tl.load(codes_ptr + rows[:, None] * n_cols + cols[None, :], mask=mask, other=0.0)
+    rows, inside = _source(token_of_slot_ptr, row_block * 128 + tl.arange(0, 128), n_rows, GATHER)
+    scale0, scale1, scale2, scale3 = four(tl.load(scales_ptr + block * scale_stride + rows, mask=inside, other=0.0))
+    into = column_words(out_ptr, row_block, cols, code_stride)
+    v0, v1, v2, v3 = from_word(turn_codes(codes, into, n_rows < 0))
+    v0, v1, v2, v3 = v0 * scale0, v1 * scale1, v2 * scale2, v3 * scale3
+    store_columns(into, out_scales_ptr, v0, v1, v2, v3, row_block, cols, n_cols, POW2)
+
+
+@triton.jit
+def _source(token_of_slot_ptr, slots, n_rows, GATHER: tl.constexpr):
+    """(rows to read for these slots, whether there are any)."""
     if GATHER:
         tokens = tl.load(token_of_slot_ptr + slots, mask=slots < n_rows, other=-1).to(tl.int64)
-        real = tokens >= 0
+        return tokens, tokens >= 0
     else:
-        tokens, real = slots.to(tl.int64), slots < n_rows
-    mask = real[:, None] & (cols < n_cols)[None, :]
-    codes = tl.load(codes_ptr + tokens[:, None] * n_cols + cols[None, :], mask=mask, other=0.0)
-    scale = tl.load(scales_ptr + block * scale_stride + tokens, mask=real, other=0.0)
-    x = from_e4m3(codes) * scale[:, None]
-    store_columns(out_ptr, out_scales_ptr, x, row_block, cols, n_cols, code_stride, POW2)
+        return slots.to(tl.int64), slots < n_rows
 
 
 def permute_fp8(codes: Tensor, scales: Tensor, token_of_slot: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,6 +113,7 @@ def permute_fp8(codes: Tensor, scales: Tensor, token_of_slot: Tensor) -> tuple[T
             out_scales.stride(1),
             ROWS=ROWS,
             COLS=COLS,
+            STRIP=STRIP,
         )
     return out, out_scales
 
@@ -126,6 +140,7 @@ def requantise(
             out.shape[1],
             GATHER=token_of_slot is not None,
             POW2=pow2,
-            num_warps=8,
+            STRIP=BLOCKS,
+            num_warps=WARPS,
         )
     return out, out_scales

@@ -1,8 +1,9 @@
 """RMSNorm with residual addition: Triton kernels. One pass over memory each way; statistics in FP32.
 
 Forward: a program takes whole rows, at least 2048 elements, so that 16 bytes are in flight per lane and load.
-Backward: programs stride over the rows and keep their share of dweight in registers; the shares go through a buffer of
-[programs, D] and one small sum, so the result does not depend on the order in which programs finish.
+Backward: programs stride over the rows, the next of them on their way into shared memory, and keep their share of
+dweight in registers; the shares go through a buffer of [programs, D] and one small sum, so the result does not depend
+on the order in which programs finish.
 Given up: rows wider than 65536 (a row lives in the registers of one program).
 """
 
@@ -15,6 +16,8 @@ from deepv3.kernels.checks import ACTIVATIONS, FP32, check, multiprocessors
 
 WIDEST = 65536
 FORWARD_ELEMENTS = 2048  # per program and tensor: 4 warps x 32 lanes x 16 elements
+STAGES = 3  # rows of backward a program has in hand: one in work, the others on their way
+SHARED = 200 << 10  # bytes of a multiprocessor for rows on their way
 
 
 def rows_shape(cols: int) -> tuple[int, int, int]:
@@ -109,12 +112,13 @@ def _rmsnorm_backward_kernel(
     RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     cols = tl.arange(0, COLS)
     col_mask = cols < n_cols
     weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    for start in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS, num_stages=2):
+    for start in tl.range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = start + tl.arange(0, ROWS)
         row_mask = rows < n_rows
         mask = row_mask[:, None] & col_mask[None, :]
@@ -182,9 +186,11 @@ def rmsnorm_backward(
     if x.numel() == 0:
         return dx, torch.zeros(n_cols, dtype=torch.float32, device=x.device)
     rows, cols, warps = rows_shape(n_cols)
-    # Enough programs for 48 KiB of loads under way per multiprocessor, few enough for a small buffer of shares.
-    per_processor = 4 if rows * cols <= 4096 else 2
-    programs = min(triton.cdiv(n_rows, rows), per_processor * multiprocessors(x.device))
+    # As many programs as fit (120 registers a lane), and as many rows on their way to each as its shared memory holds.
+    programs = min(triton.cdiv(n_rows, rows), max(1, 16 // warps) * multiprocessors(x.device))
+    read = (x, dy) if dresidual is None else (x, dy, dresidual)
+    bytes_ahead = rows * cols * sum(tensor.element_size() for tensor in read) * max(1, 16 // warps)
+    stages = min(STAGES, 1 + SHARED // bytes_ahead)
     partial = torch.empty((programs, n_cols), dtype=torch.float32, device=x.device)
     along = x if dresidual is None else dresidual  # not read without RESIDUAL
     _rmsnorm_backward_kernel[(programs,)](
@@ -203,6 +209,7 @@ def rmsnorm_backward(
         RESIDUAL=dresidual is not None,
         ROWS=rows,
         COLS=cols,
+        STAGES=stages,
         num_warps=warps,
     )
     return dx, partial.sum(0)

@@ -1,8 +1,8 @@
 """Quantisers to E4M3 codes and block scales: Triton kernels, one read of the input; formulas in `reference.quantise`.
 
 - rows: tiles of 32 x 128; a program's 32 scales of one column block lie together in memory.
-- columns, both: tiles of 128 rows x 64 or 128 columns; codes are turned inside the program, so that both sides of
-  memory are walked along rows.
+- columns, both: tiles of 128 rows x 64 or 128 columns, turned inside the program (`turn`), so that both sides of memory
+  are walked along rows.
 - blocks: tiles of 128 x 128, one scale, written as it lies and turned.
 """
 
@@ -16,16 +16,16 @@ from deepv3.kernels.casts import (
     from_e4m3,
     magnitude,
     scale_of,
-    store_columns,
     store_rows,
     to_e4m3,
-    turn,
-    turned_rows,
 )
 from deepv3.kernels.checks import ACTIVATIONS, check, check_rows8, check_width
 from deepv3.kernels.reference.quantise import BLOCK, E4M3, block_scales, round_up, row_scales
+from deepv3.kernels.turn import column_words, store_columns, turn_numbers, turn_values, turned_rows
 
 ROWS = 32  # of a program that quantises by rows
+ROWS_WARPS, BOTH_WARPS = 4, 8
+COLUMNS, COLUMNS_WARPS = 64, 4  # of a program that quantises by columns
 TWO_PROGRAMS = 128  # registers a lane, with which two programs of 8 warps share a processor: one loads, one computes
 
 
@@ -63,14 +63,12 @@ def _columns_kernel(
     rows = row_block * 128 + turned_rows()
     cols = tile * COLS + tl.arange(0, COLS)
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    tile_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride + cols[None, :]
+    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + cols[None, :], mask=mask, other=0.0)
     if BOTH:  # COLS is 128
-        x = tl.load(tile_ptrs, mask=mask, other=0.0).to(tl.float32)
-        store_rows(codes_ptr, scales_ptr, x, rows, tile, n_rows, n_cols, scale_stride, POW2)
-        tl.debug_barrier()  # from L1 again: kept for both, it would leave registers for one program per processor only
-    again = x_ptr + rows.to(tl.int64)[:, None] * x_stride + cols[None, :]  # counted anew: Triton 3.7 would spill them
-    x = tl.load(again, mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :], other=0.0).to(tl.float32)
-    store_columns(codes_t_ptr, scales_t_ptr, x, row_block, cols, n_cols, code_stride, POW2)
+        store_rows(codes_ptr, scales_ptr, x.to(tl.float32), rows, tile, n_rows, n_cols, scale_stride, POW2)
+    into = column_words(codes_t_ptr, row_block, cols, code_stride)
+    v0, v1, v2, v3 = turn_values(x, into, n_rows < 0)
+    store_columns(into, scales_t_ptr, v0, v1, v2, v3, row_block, cols, n_cols, POW2)
 
 
 @triton.jit
@@ -100,7 +98,9 @@ def _blocks_kernel(
     codes = to_e4m3(w * inverse)
     words = tile_n * 32 + tl.arange(0, 32)
     turned = matrix // 4 + cols.to(tl.int64)[:, None] * (n_out // 4) + words[None, :]
-    tl.store(words_t_ptr + turned, turn(codes), mask=(cols < n_in)[:, None] & (words < n_out // 4)[None, :])
+    tl.store(
+        words_t_ptr + turned, turn_numbers(w * inverse), mask=(cols < n_in)[:, None] & (words < n_out // 4)[None, :]
+    )
     tl.store(codes_ptr + address, codes, mask=mask)  # before the turn, Triton 3.7's code crashes ptxas 12.8
     value = tl.max(tl.max(scale, axis=1), axis=0)
     tl.store(scales_ptr + (group * tiles_n + tile_n) * scale_stride + tile_k, value)
@@ -144,7 +144,7 @@ def quantise_rows(x: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
     codes, scales = empty_rows(m, k, x.device)
     if x.numel():
         _rows_kernel[(triton.cdiv(m, ROWS) * triton.cdiv(k, BLOCK),)](
-            x, codes, scales, m, k, x.stride(0), scales.stride(1), POW2=pow2, ROWS=ROWS
+            x, codes, scales, m, k, x.stride(0), scales.stride(1), POW2=pow2, ROWS=ROWS, num_warps=ROWS_WARPS
         )
     return codes, scales
 
@@ -153,7 +153,7 @@ def _launch_columns(x: Tensor, rows: tuple[Tensor, Tensor] | None, columns: tupl
     m, k = x.shape
     codes_t, scales_t = columns
     codes, scales = rows or (codes_t, scales_t)  # not written without BOTH
-    cols = BLOCK if rows else 64
+    cols, warps = (BLOCK, BOTH_WARPS) if rows else (COLUMNS, COLUMNS_WARPS)
     if x.numel():
         _columns_kernel[(triton.cdiv(m, BLOCK) * triton.cdiv(k, cols),)](
             x,
@@ -169,7 +169,7 @@ def _launch_columns(x: Tensor, rows: tuple[Tensor, Tensor] | None, columns: tupl
             BOTH=rows is not None,
             POW2=pow2,
             COLS=cols,
-            num_warps=8 if rows else 4,
+            num_warps=warps,
             maxnreg=TWO_PROGRAMS,
         )
 

@@ -6,6 +6,7 @@ most 128 programs:
 2. Each program adds up the histograms: all are an expert's count, those of earlier programs what lies before. An
    expert's first row is the sum of the (filled up) counts before it. A pair's row is that, plus its expert's pairs in
    earlier blocks, plus those before it in its own block, found by comparing all pairs of the block.
+Rows are copied down strips of columns, so that a token's copies are read while its piece is in L2.
 No atomics: tables are the same in every run, and tokens keep their order within an expert.
 """
 
@@ -21,8 +22,10 @@ PAIRS = 256
 COMPARED = 64
 PROGRAMS = 128  # histograms that every program reads: few
 SUMMED = 16384  # counts a program has under way: 64 a lane
+WARPS = 8  # of the second launch
 BLOCKS = 127  # of a program at most, so that its counts fit 16 bits
 COPY_ELEMENTS = 4096
+STRIP = 1  # column tiles that programs gather side by side
 
 
 @triton.jit
@@ -110,6 +113,18 @@ def _slots_kernel(
 
 
 @triton.jit
+def strip_tile(row_tiles, col_tiles, WIDTH: tl.constexpr):
+    """(row tile, column tile) of this program: strips of WIDTH column tiles one by one, each from top to bottom.
+
+    Rows that a strip gathers several times then fit into L2, where whole rows would not.
+    """
+    strip = tl.program_id(0) // (row_tiles * WIDTH)
+    width = tl.minimum(col_tiles - strip * WIDTH, WIDTH)
+    place = tl.program_id(0) - strip * row_tiles * WIDTH
+    return place // width, strip * WIDTH + place % width
+
+
+@triton.jit
 def _permute_kernel(
     x_ptr,
     token_of_slot_ptr,
@@ -119,10 +134,11 @@ def _permute_kernel(
     x_stride,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
-    col_blocks = tl.cdiv(n_cols, COLS)
-    slots = tl.program_id(0) // col_blocks * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(0) % col_blocks * COLS + tl.arange(0, COLS)
+    row_tile, col_tile = strip_tile(tl.cdiv(n_rows, ROWS), tl.cdiv(n_cols, COLS), STRIP)
+    slots = row_tile * ROWS + tl.arange(0, ROWS)
+    cols = col_tile * COLS + tl.arange(0, COLS)
     row_mask = slots < n_rows
     mask = row_mask[:, None] & (cols < n_cols)[None, :]
     tokens = tl.load(token_of_slot_ptr + slots, mask=row_mask, other=-1).to(tl.int64)
@@ -193,7 +209,7 @@ def routing_tables(indices: Tensor, n_experts: int, align: int = 1) -> tuple[Ten
         EXPERTS=experts,
         COMPARED=COMPARED,
         ROWS=max(1, min(PROGRAMS, SUMMED // experts)),
-        num_warps=8,
+        num_warps=WARPS,
     )
     return slot_of_token, token_of_slot, offsets, counts
 
@@ -208,7 +224,7 @@ def permute(x: Tensor, token_of_slot: Tensor) -> Tensor:
         cols = block(n_cols, 2048)
         per_program = max(1, COPY_ELEMENTS // cols)
         _permute_kernel[(triton.cdiv(n_rows, per_program) * triton.cdiv(n_cols, cols),)](
-            x, token_of_slot, rows, n_rows, n_cols, x.stride(0), ROWS=per_program, COLS=cols
+            x, token_of_slot, rows, n_rows, n_cols, x.stride(0), ROWS=per_program, COLS=cols, STRIP=STRIP
         )
     return rows
 

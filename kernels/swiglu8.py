@@ -4,10 +4,10 @@
   blocks from one read.
 - backward, rows: programs of 16 rows walk along the outputs, 128 at a time; dh in rows, and the gate's gradient in
   registers until the row's end.
-- backward, columns: tiles of 128 rows x 64 outputs; dh and the output once more, in columns. Rounded to BF16, the
-  gradients of gate and up wait in one register while the output is turned.
-Given up: backward reads its inputs twice (3 bytes of 9 a value). One kernel for rows and columns needs three tiles of
-128 x 128 in registers at once, and spills.
+- backward, columns: tiles of 128 rows x 64 outputs; dh and the output once more, in columns. The inputs are turned, two
+  tiles of codes and one of BF16, and the results made where they are written.
+Given up: backward reads its inputs twice (4 bytes beside 9 a value). One kernel for rows and columns needs three tiles
+of 128 x 128 in registers at once, and spills.
 """
 
 import torch
@@ -16,12 +16,24 @@ import triton.language as tl
 from torch import Tensor
 
 from deepv3.kernels.activation import check_gated, swiglu_gradient, swiglu_output
-from deepv3.kernels.casts import from_e4m3, store_columns, store_rows, turned_rows
+from deepv3.kernels.casts import from_e4m3, store_rows
 from deepv3.kernels.checks import ACTIVATIONS, E4M3, FP32, check, check_rows8
 from deepv3.kernels.quantise import TWO_PROGRAMS, empty_columns, empty_rows
 from deepv3.kernels.reference.quantise import BLOCK
+from deepv3.kernels.turn import (
+    column_words,
+    four,
+    from_word,
+    rounded,
+    store_columns,
+    turn_codes,
+    turn_values,
+    turned_rows,
+)
 
 FORWARD_ROWS, BACKWARD_ROWS, COLUMNS = 16, 16, 64
+ROWS_WARPS, COLUMNS_WARPS = 4, 8
+STAGES = 3  # of the loads of a program that walks along the outputs
 
 
 @triton.jit
@@ -80,6 +92,7 @@ def _backward_rows_kernel(
     WEIGHT: tl.constexpr,
     POW2: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n_rows
@@ -88,15 +101,14 @@ def _backward_rows_kernel(
         weight = tl.load(weight_ptr + rows, mask=inside, other=0.0)[:, None]
     total = tl.zeros((ROWS, 128), dtype=tl.float32)
     blocks = n_cols // 128
-    for block in tl.range(0, blocks, num_stages=2):
+    for block in tl.range(0, blocks, num_stages=STAGES):
         first = block * 128
         gate = _kept(h_ptr, h_scales_ptr, rows, first, 128, n_rows, 2 * n_cols, scale_stride)
         up = _kept(h_ptr, h_scales_ptr, rows, first + n_cols, 128, n_rows, 2 * n_cols, scale_stride)
         address = rows.to(tl.int64)[:, None] * n_cols + (first + tl.arange(0, 128))[None, :]
         dy = tl.load(dy_ptr + address, mask=inside[:, None], other=0.0).to(tl.float32)
         dgate, dup, act = swiglu_gradient(dy, gate, up, weight)
-        dgate = dgate.to(dy_ptr.dtype.element_ty).to(tl.float32)
-        dup = dup.to(dy_ptr.dtype.element_ty).to(tl.float32)
+        dgate, dup = rounded(dgate, dup, dy_ptr.dtype.element_ty)
         store_rows(codes_ptr, scales_ptr, dgate, rows, block, n_rows, 2 * n_cols, scale_stride, POW2)
         store_rows(codes_ptr, scales_ptr, dup, rows, block + blocks, n_rows, 2 * n_cols, scale_stride, POW2)
         if WEIGHT:
@@ -125,32 +137,48 @@ def _backward_columns_kernel(
 ):
     tiles = n_cols // COLS
     row_block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    rows = row_block * 128 + turned_rows()
     first = tile * COLS
     cols = first + tl.arange(0, COLS)
-    inside = rows < n_rows
-    weight = tl.full((128, 1), 1.0, dtype=tl.float32)
+    h_cols, never = 2 * n_cols, n_rows < 0
+    into_gate = column_words(dh_ptr, row_block, cols, code_stride)
+    into_up = column_words(dh_ptr, row_block, cols + n_cols, code_stride)
+    into_y = column_words(y_ptr, row_block, cols, code_stride)
+
+    # Beyond the last row everything read is +0, and so is everything made of it.
+    rows = row_block * 128 + turned_rows()
+    inside = (rows < n_rows)[:, None]
+    address = rows.to(tl.int64)[:, None] * h_cols + tl.max_contiguous(cols, 8)[None, :]
+    gates = turn_codes(tl.load(h_ptr + address, mask=inside, other=0.0), into_gate, never)
+    ups = turn_codes(tl.load(h_ptr + address + n_cols, mask=inside, other=0.0), into_up, never)
+    dy = tl.load(dy_ptr + rows.to(tl.int64)[:, None] * n_cols + cols[None, :], mask=inside, other=0.0)
+    dy0, dy1, dy2, dy3 = turn_values(dy, into_y, never)
+
+    rows = row_block * 128 + tl.arange(0, 128)
+    scale_ptrs = h_scales_ptr + first // 128 * scale_stride + rows
+    gate_scale = tl.load(scale_ptrs, mask=rows < n_rows, other=0.0)
+    up_scale = tl.load(scale_ptrs + n_cols // 128 * scale_stride, mask=rows < n_rows, other=0.0)
+    weight = tl.full((128,), 1.0, dtype=tl.float32)
     if WEIGHT:
-        weight = tl.load(weight_ptr + rows, mask=inside, other=0.0)[:, None]
-    h_cols, dy_ptrs = 2 * n_cols, dy_ptr + rows.to(tl.int64)[:, None] * n_cols + cols[None, :]
-    gate = _kept(h_ptr, h_scales_ptr, rows, first, COLS, n_rows, h_cols, scale_stride)
-    up = _kept(h_ptr, h_scales_ptr, rows, first + n_cols, COLS, n_rows, h_cols, scale_stride)
-    dy = tl.load(dy_ptrs, mask=inside[:, None], other=0.0)
-    dgate, dup, act = swiglu_gradient(dy.to(tl.float32), gate, up, weight)
-    # Rows beyond the last become +0; products with their zeros may be -0.
-    dgate, dup = tl.where(inside[:, None], dgate, 0.0).to(dy.dtype), tl.where(inside[:, None], dup, 0.0).to(dy.dtype)
-    y = tl.where(inside[:, None], act * weight, 0.0).to(dy.dtype).to(tl.float32)
-    PACKED: tl.constexpr = dy.dtype == tl.bfloat16
-    if PACKED:  # two in one register: three tiles of FP32 would not fit
-        low, high = dgate.to(tl.uint16, bitcast=True).to(tl.uint32), dup.to(tl.uint16, bitcast=True).to(tl.uint32)
-        both = low | (high << 16)
-    store_columns(y_ptr, y_scales_ptr, y, row_block, cols, n_cols, code_stride, POW2)
-    tl.debug_barrier()
-    wide = (both << 16).to(tl.float32, bitcast=True) if PACKED else dgate
-    store_columns(dh_ptr, dh_scales_ptr, wide, row_block, cols, h_cols, code_stride, POW2)
-    tl.debug_barrier()
-    wide = (both & 0xFFFF0000).to(tl.float32, bitcast=True) if PACKED else dup
-    store_columns(dh_ptr, dh_scales_ptr, wide, row_block, cols + n_cols, h_cols, code_stride, POW2)
+        weight = tl.load(weight_ptr + rows, mask=rows < n_rows, other=0.0)
+    gate_scale0, gate_scale1, gate_scale2, gate_scale3 = four(gate_scale)
+    up_scale0, up_scale1, up_scale2, up_scale3 = four(up_scale)
+    weight0, weight1, weight2, weight3 = four(weight)
+    gate0, gate1, gate2, gate3 = from_word(gates)
+    up0, up1, up2, up3 = from_word(ups)
+    FORMAT: tl.constexpr = dy.dtype
+    gate0, up0, y0 = swiglu_gradient(dy0, gate0 * gate_scale0, up0 * up_scale0, weight0)
+    gate1, up1, y1 = swiglu_gradient(dy1, gate1 * gate_scale1, up1 * up_scale1, weight1)
+    y0, y1 = rounded(y0 * weight0, y1 * weight1, FORMAT)
+    gate0, gate1 = rounded(gate0, gate1, FORMAT)
+    up0, up1 = rounded(up0, up1, FORMAT)
+    gate2, up2, y2 = swiglu_gradient(dy2, gate2 * gate_scale2, up2 * up_scale2, weight2)
+    gate3, up3, y3 = swiglu_gradient(dy3, gate3 * gate_scale3, up3 * up_scale3, weight3)
+    y2, y3 = rounded(y2 * weight2, y3 * weight3, FORMAT)
+    gate2, gate3 = rounded(gate2, gate3, FORMAT)
+    up2, up3 = rounded(up2, up3, FORMAT)
+    store_columns(into_y, y_scales_ptr, y0, y1, y2, y3, row_block, cols, n_cols, POW2)
+    store_columns(into_gate, dh_scales_ptr, gate0, gate1, gate2, gate3, row_block, cols, h_cols, POW2)
+    store_columns(into_up, dh_scales_ptr, up0, up1, up2, up3, row_block, cols + n_cols, h_cols, POW2)
 
 
 def swiglu_fp8(
@@ -207,6 +235,8 @@ def swiglu_fp8_backward(
             WEIGHT=weighted,
             POW2=pow2,
             ROWS=BACKWARD_ROWS,
+            STAGES=STAGES,
+            num_warps=ROWS_WARPS,
         )
         _backward_columns_kernel[(triton.cdiv(n_rows, BLOCK) * (n_cols // COLUMNS),)](
             *given,
@@ -219,7 +249,7 @@ def swiglu_fp8_backward(
             WEIGHT=weighted,
             POW2=pow2,
             COLS=COLUMNS,
-            num_warps=8,
+            num_warps=COLUMNS_WARPS,
             maxnreg=TWO_PROGRAMS,
         )
     return *rows, *columns, *y, dweight

@@ -56,13 +56,13 @@ STREAMING = {
     "quantise_blocks": ("quantise_blocks", (bf16(4, 4096, 7168),), 128),
     "quantise_blocks FP32": ("quantise_blocks", (fp32(4096, 7168),), 128),
     "permute_fp8": ("permute_fp8", (*rows8(T, 7168), int32(R)), 64),
-    "requantise": ("requantise", rows8(T, 7168), 128),
-    "requantise gathered": ("requantise", (*rows8(T, 7168), int32(R)), 128),
+    "requantise": ("requantise", rows8(T, 7168), 64),
+    "requantise gathered": ("requantise", (*rows8(T, 7168), int32(R)), 64),
     "rmsnorm_fp8 V3": ("rmsnorm_fp8", (bf16(T, 7168), bf16(7168), 1e-6, bf16(T, 7168), True, True), 64),
     "rmsnorm_fp8 mini": ("rmsnorm_fp8", (bf16(T, 2048), bf16(2048), 1e-6, bf16(T, 2048)), 64),
     "rmsnorm_fp8_columns": ("rmsnorm_fp8_columns", (bf16(T, 7168), bf16(7168), fp32(T)), 128),
     "swiglu_fp8": ("swiglu_fp8", (bf16(R, 4096), fp32(R)), 128),
-    "swiglu_fp8_backward": ("swiglu_fp8_backward", (bf16(R, 2048), *rows8(R, 4096), fp32(R)), 144),
+    "swiglu_fp8_backward": ("swiglu_fp8_backward", (bf16(R, 2048), *rows8(R, 4096), fp32(R)), 128),
     "e5m6_pack": ("e5m6_pack", (bf16(T, 16384),), 64),
     "e5m6_unpack": ("e5m6_unpack", (int32(T, 6144), row_scales(T, 16384, META)), 64),
 }
@@ -78,6 +78,29 @@ def test_streaming_kernels_move_16_bytes_at_a_time_and_do_not_spill(case):
         assert not built.count(r"\b(ST|LD)S\.U8"), "codes are turned in words, not byte by byte"
         if name not in ("permute_fp8", "e5m6_pack", "e5m6_unpack"):
             assert built.count(r"F2FP\.SATFINITE\.E4M3\.F32\.PACK_AB") >= 8
+        assert not built.count("FCHK"), "scales need no division with its branches"
+
+
+# Instructions of a program's lane for each of its values: what bounds these kernels once their loads are wide.
+TURNED = {
+    "quantise_columns": (64, 11),
+    "quantise_both": (64, 17),
+    "requantise": (64, 12),
+    "requantise gathered": (64, 13),
+    "rmsnorm_fp8_columns": (64, 16),
+    "swiglu_fp8_backward": (32, 53),
+}
+
+
+@pytest.mark.parametrize("case", TURNED)
+def test_tiles_are_turned_before_they_are_reduced(case):
+    name, args, _ = STREAMING[case]
+    values, most = TURNED[case]
+    built = build(name, *args)[-1]
+    assert built.count(r"/\*[0-9a-f]{4,5}\*/ +(@!?U?P\w+ )?[A-Z]") <= most * values
+    # A lane has 16 rows of a column: three exchanges a column, not two for each of its 8 and a round of all warps.
+    assert built.count("SHFL") <= (24 if case == "quantise_both" else 18)
+    assert not built.count(r"F2F\.BF16"), "numbers are rounded in pairs"
 
 
 @pytest.mark.parametrize(("make", "width"), [(bf16, 7168), (bf16, 1408), (bf16, 128), (fp32, 2048)])
