@@ -116,6 +116,16 @@ class Layout:
             shared += m.vocab_size * m.hidden_size
         return shared, moe * m.n_routed_experts // self.ep * b.expert
 
+    def fp8_parameters(self, rank: int) -> int:
+        """Of those that a pipeline rank holds, those whose products are FP8 in the FP8 recipe."""
+        m, held = self.m, [spec for _, spec in self.held(rank)]
+        other = 0
+        for spec in held:
+            layers = len(spec.layers) + spec.mtp
+            other += (spec.embedding + spec.head) * m.vocab_size * m.hidden_size
+            other += layers * m.n_routed_experts * m.hidden_size + spec.mtp * 2 * m.hidden_size**2
+        return max(0, sum(sum(self.stage_parameters(spec)) for spec in held) - other)
+
     def refuse_impossible(self) -> None:
         """Raise ConfigError for what no rank grid of this cluster can run."""
         unit = self.dp * self.micro

@@ -8,14 +8,17 @@ range.
 
     kind        further keys                                            constant
     gemm        format fp8|bf16, shape dense|grouped,                   {format}_{shape}[_dgrad|_wgrad]
-                pass forward|input|weight, flops
+                pass forward|input|weight, flops; summed: bytes
+                of FP32 sums, whose time at the copy's rate is
+                taken off (grouped weight gradients)
     attention   pass forward|backward, flops (causal half)              attention, attention_backward
     copy        bytes (read and written)                                hbm
     alltoall    scope nvlink|nic, bytes (sent to other ranks)           nvlink|nic, sync_*: a line through >= 2 sizes
-    elementwise piece attention|experts, bytes (fewest needed)          traffic_attention, traffic_experts
+    elementwise piece attention|experts|head, bytes (fewest needed)     traffic_attention, traffic_experts, traffic_head
     pair        slots (seconds of its slots, alone)                     interference
     host        layers (forward and backward passes of layers)          layer_overhead
     update      parameters                                              update_bytes
+    codes       parameters (of FP8 products, once a step)               codes_bytes
 """
 
 import json
@@ -30,56 +33,74 @@ from deepv3.planner.calibration import BUILT_IN, Calibration, Value
 from deepv3.planner.hardware import DEVICES, Device
 
 Row = Mapping[str, Any]
+Reader = Callable[[Row, Device, float], tuple[str, float]]
+"""(row, device, fraction of the nominal bandwidth that a copy reaches) -> (constant, value)."""
 FORMAT = 1
 
 
-def _gemm(row: Row, device: Device) -> tuple[str, float]:
+def _gemm(row: Row, device: Device, hbm: float) -> tuple[str, float]:
     suffix = {"forward": "", "input": "_dgrad", "weight": "_wgrad"}[row["pass"]]
     peak = device.fp8 if row["format"] == "fp8" else device.bf16
-    return f"{row['format']}_{row['shape']}{suffix}", row["flops"] / row["seconds"] / peak
+    seconds = row["seconds"] - row.get("summed", 0.0) / (device.hbm * hbm)
+    if seconds <= 0:
+        raise ValueError(f"seconds = {row['seconds']} do not even read and write the sums")
+    return f"{row['format']}_{row['shape']}{suffix}", row["flops"] / seconds / peak
 
 
-def _attention(row: Row, device: Device) -> tuple[str, float]:
+def _attention(row: Row, device: Device, hbm: float) -> tuple[str, float]:
     suffix = {"forward": "", "backward": "_backward"}[row["pass"]]
     return f"attention{suffix}", row["flops"] / row["seconds"] / device.bf16
 
 
-def _copy(row: Row, device: Device) -> tuple[str, float]:
+def _copy(row: Row, device: Device, hbm: float) -> tuple[str, float]:
     return "hbm", row["bytes"] / row["seconds"] / device.hbm
 
 
-def _elementwise(row: Row, device: Device) -> tuple[str, float]:
-    # Against the nominal bandwidth: divided by the fraction a copy reaches in `calibrate`.
-    return f"traffic_{row['piece']}", row["seconds"] * device.hbm / row["bytes"]
+def _elementwise(row: Row, device: Device, hbm: float) -> tuple[str, float]:
+    return f"traffic_{row['piece']}", row["seconds"] * device.hbm * hbm / row["bytes"]
 
 
-def _pair(row: Row, device: Device) -> tuple[str, float]:
+def _pair(row: Row, device: Device, hbm: float) -> tuple[str, float]:
     return "interference", row["seconds"] / row["slots"]
 
 
-def _host(row: Row, device: Device) -> tuple[str, float]:
+def _host(row: Row, device: Device, hbm: float) -> tuple[str, float]:
     return "layer_overhead", row["seconds"] / row["layers"]
 
 
-def _update(row: Row, device: Device) -> tuple[str, float]:
-    return "update_bytes", row["seconds"] * device.hbm / row["parameters"]
+def _update(row: Row, device: Device, hbm: float) -> tuple[str, float]:
+    return "update_bytes", row["seconds"] * device.hbm * hbm / row["parameters"]
 
 
-READERS: dict[str, Callable[[Row, Device], tuple[str, float]]] = {
+def _codes(row: Row, device: Device, hbm: float) -> tuple[str, float]:
+    return "codes_bytes", row["seconds"] * device.hbm * hbm / row["parameters"]
+
+
+READERS: dict[str, Reader] = {
     "gemm": _gemm, "attention": _attention, "copy": _copy, "elementwise": _elementwise, "pair": _pair, "host": _host,
-    "update": _update,
+    "update": _update, "codes": _codes,
 }  # fmt: skip
 ALIASES = {"fp8_dense_dgrad": "fp8_dense", "bf16_dense_dgrad": "bf16_dense", "bf16_grouped_dgrad": "bf16_grouped",
            "bf16_grouped_wgrad": "bf16_grouped"}  # fmt: skip
 """Passes that share a constant."""
-PER_COPY = ("traffic_attention", "traffic_experts", "update_bytes")
-"""Bytes over the bandwidth that a copy reaches."""
+SLOW_WHEN_HIGH = ("traffic_attention", "traffic_experts", "traffic_head", "interference", "layer_overhead",
+                  "update_bytes", "codes_bytes", "sync_nic", "sync_nvlink")  # fmt: skip
+
+
+def _copied(rows: Sequence[Row], device: Device, base: Calibration) -> float:
+    """The fraction of the nominal bandwidth that copies reach, which the bytes of other rows are counted at."""
+    copies = [row for row in rows if isinstance(row, Mapping) and row.get("kind") == "copy"]
+    try:
+        return median(_copy(row, device, 0.0)[1] for row in copies) if copies else base.hbm.value
+    except (KeyError, TypeError, ZeroDivisionError):
+        return base.hbm.value  # the loop over all rows says what is wrong with it
 
 
 def calibrate(rows: Sequence[Row], device: Device, base: Calibration, name: str) -> Calibration:
     """The base with every constant that has rows replaced. Raises ConfigError for a row that cannot be read."""
     found: dict[str, list[float]] = defaultdict(list)
     sent: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    copied = _copied(rows, device, base)
     for number, row in enumerate(rows):
         try:
             if not row["seconds"] > 0:
@@ -87,26 +108,20 @@ def calibrate(rows: Sequence[Row], device: Device, base: Calibration, name: str)
             if row["kind"] == "alltoall":
                 sent[row["scope"]].append((float(row["bytes"]), float(row["seconds"])))
                 continue
-            constant, value = READERS[row["kind"]](row, device)
+            constant, value = READERS[row["kind"]](row, device, copied)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ConfigError(f"calibration row {number}, {dict(row)}: {type(error).__name__} {error}") from None
         found[ALIASES.get(constant, constant)].append(value)
     for scope, points in sent.items():
         found |= _line(scope, points, device)
-    reached = median(found["hbm"]) if "hbm" in found else base.hbm.value
-    for constant in PER_COPY:
-        if constant in found:
-            found[constant] = [value * reached for value in found[constant]]
     known = base.constants()
     strange = sorted(set(found) - set(known))
     if strange:
         raise ConfigError(f"calibration rows name {', '.join(strange)}; there is {', '.join(known)}")
-    slower_when_high = {"traffic_attention", "traffic_experts", "interference", "layer_overhead", "update_bytes"}
     changed = {}
     for constant, values in found.items():
         ends = (min(values), max(values))
-        high_is_slow = constant in slower_when_high or constant.startswith("sync")
-        low, high = ends[::-1] if high_is_slow else ends
+        low, high = ends[::-1] if constant in SLOW_WHEN_HIGH else ends
         changed[constant] = Value(median(values), low, high, f"{len(values)} measured rows of {name}")
     return base.changed(changed, name)
 

@@ -9,6 +9,8 @@
     transfers     pipeline messages sent and not yet freed, received and not yet used
     dispatch      the buffers of one exchange forward and one backward (`arithmetic.buffer_bytes`), with headroom
     workspace     the largest temporary of a layer or of the loss, and what CUDA, NCCL and the allocator keep
+    trials        FP8: copies of the largest weight gradient, on which a first step tries every implementation
+                  (kernels/backends.py); where they do not fit it goes without, so no run needs them
 
 Everything is a sum of products of batch, sequence and widths, so nothing shrinks when a batch grows.
 """
@@ -27,6 +29,9 @@ from deepv3.planner.network import reached
 HEADROOM = 1.25
 """Received rows over their mean: buffers are fixed and no token is dropped (V3 2.1.2); the balanced routing of V3
 keeps the fullest rank of a micro-batch below this."""
+TRIALS = 4.5
+"""Copies of a gradient at the worst moment of comparing two implementations: both results, their difference and the
+parts of both that are finite, with masks of a byte."""
 KNOBS = {
     "activations": "train.recompute=full, a smaller train.micro_batch_size, or more of parallel.pp_size",
     "weights": "more of parallel.ep_size or parallel.pp_size",
@@ -78,8 +83,13 @@ class RankMemory:
 
     @property
     def total(self) -> float:
-        """Bytes."""
+        """Bytes at the worst moment of a run."""
         return sum(self.parts.values())
+
+    @property
+    def needed(self) -> float:
+        """Bytes that a run cannot do without."""
+        return self.total - self.parts["trials"]
 
 
 class Memory:
@@ -116,24 +126,15 @@ class Memory:
             "gradients": (shared + experts) * 4.0,
             "master": 0.0 if wide else shard * 4.0,
             "moments": shard * 2.0 * layout.moment_bytes,
-            "fp8 weights": self._fp8_weights(rank) if layout.precision == "fp8" else 0.0,
+            "fp8 weights": 2.0 * layout.fp8_parameters(rank) if layout.precision == "fp8" else 0.0,
             "activations": activations,
             "transfers": self._transfers(),
             "dispatch": self._dispatch(),
             "workspace": self._workspace() + self.cal.workspace.value,
+            "trials": self._trials(rank) if layout.precision == "fp8" else 0.0,
         }
         role = " + ".join(f"{stage}:{spec}" for stage, spec in layout.held(rank))
         return RankMemory(rank, role, found, in_flight, shared + experts)
-
-    def _fp8_weights(self, rank: int) -> float:
-        layout, m = self.layout, self.layout.m
-        not_fp8 = 0
-        for _, spec in layout.held(rank):
-            layers = len(spec.layers) + spec.mtp
-            not_fp8 += (spec.embedding + spec.head) * m.vocab_size * m.hidden_size
-            not_fp8 += layers * m.n_routed_experts * m.hidden_size + spec.mtp * 2 * m.hidden_size**2
-        whole = sum(sum(layout.stage_parameters(spec)) for _, spec in layout.held(rank))
-        return 2.0 * max(0, whole - not_fp8)
 
     def _peak(self, rank: int) -> tuple[int, float]:
         """(chunks, bytes) kept at the fullest moment; lists longer than 2 x ranks repeat it."""
@@ -163,6 +164,16 @@ class Memory:
         sizes = buffer_bytes(m, layout.tokens, layout.ep, layout.precision, nodes, (goes_to[0], goes_to[1]))
         return 2.0 * HEADROOM * sum(sizes.values())
 
+    def _trials(self, rank: int) -> float:
+        """Of the largest matrix gradient, FP32: all experts' first projections of a layer, or the dense one's."""
+        m, dense = self.layout.m, self.layout.m.first_k_dense_replace
+        layers = [index for _, spec in self.layout.held(rank) for index in spec.layers]
+        mtp = any(spec.mtp for _, spec in self.layout.held(rank))
+        widths = [m.intermediate_size] if any(index < dense for index in layers) else []
+        if mtp or any(index >= dense for index in layers):
+            widths.append(m.n_routed_experts // self.layout.ep * m.moe_intermediate_size)
+        return TRIALS * 4.0 * 2 * m.hidden_size * max(widths, default=0)
+
     def _workspace(self) -> float:
         """The larger of: attention's queries, keys, values with gradients; expert rows; a chunk of logits."""
         layout, m = self.layout, self.layout.m
@@ -175,13 +186,14 @@ class Memory:
 
 def misfit(ranks: list[RankMemory], layout: Layout) -> str:
     """Why the fullest rank does not fit, and the knob for its largest part; empty if all fit."""
-    capacity, worst = layout.cluster.device.memory, max(ranks, key=lambda rank: rank.total)
-    if worst.total <= capacity:
+    capacity, worst = layout.cluster.device.memory, max(ranks, key=lambda rank: rank.needed)
+    if worst.needed <= capacity:
         return ""
-    largest = sorted(worst.parts, key=lambda part: -worst.parts[part])[:2]
-    listed = ", ".join(f"{part} {size / GIB:.1f}" for part, size in worst.parts.items() if size)
+    parts = {part: size for part, size in worst.parts.items() if part != "trials" and size}
+    largest = sorted(parts, key=lambda part: -parts[part])[:2]
+    listed = ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items())
     return (
-        f"pipeline rank {worst.rank} ({worst.role}) needs {worst.total / GIB:.1f} GiB, "
+        f"pipeline rank {worst.rank} ({worst.role}) needs {worst.needed / GIB:.1f} GiB, "
         f"{layout.cluster.device.name} has {capacity / GIB:.1f}: {listed}. Largest: "
         + "; ".join(f"{part}: {KNOBS[part]}" for part in largest)
     )

@@ -63,7 +63,7 @@ def objection(layout: Layout, cal: Calibration) -> str:
         return "too few micro-batches for DualPipe to overlap fully"
     if layout.ep > layout.cluster.node and layout.ep % layout.cluster.node:
         return "expert groups straddle nodes"
-    if max(rank.total for rank in Memory(layout, cal).ranks()) > layout.cluster.device.memory:
+    if max(rank.needed for rank in Memory(layout, cal).ranks()) > layout.cluster.device.memory:
         return "does not fit in memory"
     return ""
 

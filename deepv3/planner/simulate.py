@@ -125,7 +125,7 @@ class Simulator:
         return busy * self.layout.micro_batches / m * (1.0 if m == self.layout.micro_batches else 0.97) + self.update()
 
     def update(self) -> float:
-        """Norm, optimizer on this rank's shard, weights gathered; of the rank with most parameters."""
+        """Norm, optimizer on this rank's shard, weights gathered and coded; of the rank with most parameters."""
         layout, width = self.layout, 4 if self.layout.precision == "fp32" else 2
         slowest = 0.0
         for rank in range(layout.pp):
@@ -134,7 +134,10 @@ class Simulator:
             )
             group, same = layout.dp * layout.copies(), layout.dp * layout.copies() // layout.ep
             shard = shared / group + experts / same
-            seconds = shard * self.cal.update_bytes.value / self.work.bandwidth
+            moved = shard * self.cal.update_bytes.value
+            if layout.precision == "fp8":
+                moved += layout.fp8_parameters(rank) * self.cal.codes_bytes.value
+            seconds = moved / self.work.bandwidth
             seconds += self.network.ring(width * shared, group) + self.network.ring(width * experts, same, layout.ep)
             slowest = max(slowest, seconds)
         return slowest + self.network.latency * 2 * math.log2(max(2, layout.cluster.count))

@@ -5,11 +5,11 @@ A piece is a sum of kernels by class:
     gemm_fp8, gemm_bf16, attention    FLOPs / (peak of the multiprocessors in use x fraction reached)
     memory                            bytes that fused kernels need x traffic factor / bandwidth reached
 
-A grouped GEMM is never faster than its memory traffic: expert weights are read once per pass, and the weight gradient
-reads and writes 8 bytes per element, which with few rows per expert is the larger part. Rows per expert are padded by
-64 on average (128-row tiles). Backward of attention does 2.6 x the forward's FLOPs at V3's head sizes: five products
-of which one repeats. In FP8 the projections of attention and of feed-forwards multiply in FP8; router, head and eh_proj
-stay BF16 (V3 3.3.1, deepv3/precision/recipe.py).
+A grouped GEMM is never faster than its memory traffic: expert weights are read once per pass. Its weight gradient reads
+and writes FP32 sums, 8 bytes an element, after its products: that time comes on top, and with few rows per expert it is
+the larger part. Rows per expert are padded by 64 on average (128-row tiles). Backward of attention does 2.6 x the
+forward's FLOPs at V3's head sizes: five products of which one repeats. In FP8 the projections of attention and of
+feed-forwards multiply in FP8; router, head and eh_proj stay BF16 (V3 3.3.1, deepv3/precision/recipe.py).
 
 A pass over a layer lasts no less than its launches do, whose number may grow with the experts of the rank; the host
 goes on while tokens travel. That is what a small model waits for, and software that calls experts one by one.
@@ -43,6 +43,12 @@ def added(parts: Iterable[Seconds]) -> Seconds:
 
 PADDING = 64  # rows, mean per expert
 HOST = 4e9  # Hz, of the core that `launch` is stated for
+
+
+def attention_backward(m: ModelConfig) -> float:
+    """FLOPs of attention's backward over its forward's: q k^T again and two of that width, two of the values'."""
+    qk = m.qk_nope_head_dim + m.qk_rope_head_dim
+    return (3 * qk + 2 * m.v_head_dim) / (qk + m.v_head_dim)
 
 
 @dataclass(frozen=True)
@@ -123,9 +129,12 @@ class Workload:
             fraction = cal.bf16_grouped
         peak = (self.device.fp8 if fp8 else self.device.bf16) * self.share
         width = 1 if fp8 else 2
-        moved = (rows * (inputs + 2 * outputs) if kind != "weight" else rows * (inputs + outputs)) * width
-        moved += experts * inputs * outputs * (8 if kind == "weight" else width)
-        seconds = max(flops / (peak * fraction.value), moved / self.bandwidth)
+        weights = experts * inputs * outputs
+        if kind == "weight":
+            moved, summed = rows * (inputs + outputs) * width, 8 * weights
+        else:
+            moved, summed = (rows * (inputs + 2 * outputs) + weights) * width, 0
+        seconds = max(flops / (peak * fraction.value), moved / self.bandwidth) + summed / self.bandwidth
         return Seconds({"gemm_fp8" if fp8 else "gemm_bf16": seconds})
 
     @cached_property
@@ -144,14 +153,13 @@ class Workload:
         return added(self.dense(*shape) for shape in ups)
 
     def _core(self, backward: bool) -> Seconds:
-        """Attention's products. Backward repeats q k^T: 2 x three widths, plus q k^T and the value side's two."""
+        """Attention's products."""
         m, cal = self.m, self.cal
         flops = self.tokens * attention_flops(m, self.seq_len)
         if not backward:
             return Seconds({"attention": flops / (self.device.bf16 * self.share * cal.attention.value)})
-        qk = m.qk_nope_head_dim + m.qk_rope_head_dim
-        ratio = (3 * qk + 2 * m.v_head_dim) / (qk + m.v_head_dim)
-        return Seconds({"attention": ratio * flops / (self.device.bf16 * self.share * cal.attention_backward.value)})
+        flops *= attention_backward(m)
+        return Seconds({"attention": flops / (self.device.bf16 * self.share * cal.attention_backward.value)})
 
     def _attention_bytes(self, backward: bool) -> float:
         """Per token: norms with the residual, rotation, key assembly, quantisation, and what undoes them."""
@@ -185,6 +193,22 @@ class Workload:
         again = 4 * rows * d if fp8 else 2 * rows * d  # rows made again, or turned for the weight gradient
         return 11 * d + (2 if fp8 else 4) * rows * d + (9 if fp8 else 12) * all_inner + 4 * rows * d + again + routing
 
+    def _dense_bytes(self, backward: bool) -> float:
+        """Per token: norm and SwiGLU of a dense layer."""
+        d, inner, fp8 = self.m.hidden_size, self.m.intermediate_size, self.precision == "fp8"
+        return 11 * d + (9 if fp8 else 12) * inner if backward else (7 if fp8 else 8) * d + (7 if fp8 else 6) * inner
+
+    def fewest_bytes(self, moe: bool) -> dict[str, float]:
+        """Bytes of a layer and micro-batch that fused memory-bound kernels need, both passes, by piece."""
+        experts = self._experts_bytes if moe else self._dense_bytes
+        pieces = {"attention": self._attention_bytes, "experts": experts}
+        return {name: self.tokens * (bytes_of(False) + bytes_of(True)) for name, bytes_of in pieces.items()}
+
+    @property
+    def head_bytes(self) -> float:
+        """Of head and loss: three passes over the logits."""
+        return 6.0 * self.tokens * self.m.vocab_size
+
     def layer(self, moe: bool) -> Layer:
         """The pieces of a dense or an expert layer."""
         traffic = self.cal.traffic_attention.value
@@ -214,12 +238,11 @@ class Workload:
         return Seconds({"host": cal.layer_overhead.value + max(0.0, launching - busy)})
 
     def _dense(self) -> tuple[Seconds, Seconds, Seconds, float]:
-        m, fp8 = self.m, self.precision == "fp8"
-        d, inner, traffic = m.hidden_size, m.intermediate_size, self.cal.traffic_experts.value
+        d, inner, traffic = self.m.hidden_size, self.m.intermediate_size, self.cal.traffic_experts.value
         forward = self.dense(d, 2 * inner) + self.dense(inner, d)
-        forward += self.memory((7 if fp8 else 8) * d + (7 if fp8 else 6) * inner, traffic)
+        forward += self.memory(self._dense_bytes(False), traffic)
         inputs = self.dense(2 * inner, d, "input") + self.dense(d, inner, "input")
-        inputs += self.memory(11 * d + (9 if fp8 else 12) * inner, traffic)
+        inputs += self.memory(self._dense_bytes(True), traffic)
         weight = self.dense(d, 2 * inner, "weight") + self.dense(inner, d, "weight")
         return forward, inputs, weight, forward.total()
 
@@ -242,7 +265,8 @@ class Workload:
         """One pass of logits and loss: three GEMMs, all in forward, and three passes over the logits (see head.py)."""
         shape = (self.m.hidden_size, self.m.vocab_size)
         gemms = self.dense(*shape, "forward", False) + self.dense(*shape, "input", False)
-        return gemms + self.dense(*shape, "weight", False) + self.memory(6.0 * self.m.vocab_size, 1.0)
+        memory = self.memory(self.head_bytes / self.tokens, self.cal.traffic_head.value)
+        return gemms + self.dense(*shape, "weight", False) + memory
 
     def joint(self) -> tuple[Seconds, Seconds, Seconds]:
         """eh_proj of one MTP module, [2d -> d]: forward, input gradient, weight gradient."""

@@ -1,139 +1,186 @@
 """Measures this device for the planner: rows of a calibration file (deepv3/planner/measured.py has the format).
 
-The products, attention, copy and optimizer update that training runs, at the shapes of a configuration's own model and
-micro-batch, each through the function that training calls. Not measured here: exchanges between devices, memory-bound
-kernels and overlapped pairs, which keep the values of the base calibration.
+Real training steps of a configuration's own widths, batch and precision run under a `Meter`, which says where their
+time goes; a few layers of it are enough, since no rate depends on depth. Every step gives one row of each kind:
+products and attention by FLOPs, what is left of attention, experts and head by the bytes that fused kernels would need,
+norm and update by parameters. The planner's sum over these rows is the step they were measured in. Beside it only a
+copy is measured alone. Not measured: exchanges between devices and overlapped pairs, which keep the base's values.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import deepv3.kernels as kernels
 from deepv3.config.schema import Config
-from deepv3.model.mla import attend
+from deepv3.config.validate import validate
+from deepv3.data.loader import Batch
+from deepv3.dist import init_distributed
+from deepv3.errors import ConfigError
+from deepv3.optim.engine import build_engine
+from deepv3.pipeline.build import Placement, build_pipeline
+from deepv3.planner.calibration import Calibration
+from deepv3.planner.hardware import DEVICES
+from deepv3.planner.layout import Layout
+from deepv3.planner.memory import Memory, misfit
+from deepv3.planner.work import Workload
+from deepv3.train.meter import ATTENTION, ATTENTION_BACKWARD, CODES, Mark, Measured, Meter
 
-Clock = Callable[[Callable[[], Any]], float]
-"""Seconds of a call."""
-ATTENTION_BACKWARD = 2.6  # FLOPs over the forward's, as the planner counts them
-UPDATE = 1 << 27  # parameters
+LAYERS = 4
+MICRO_BATCHES, WARMUP, STEPS = 2, 20, 10
+COPY = 1 << 28  # bytes
+COPIES = 10
+
+
+def measured_part(cfg: Config) -> Config:
+    """What is run of `cfg`: at most four layers, one of them dense if it has any, one device, no MTP, even routing.
+
+    Raises ConfigError for what cannot be trained.
+    """
+    model, train = cfg.model, cfg.train
+    dense = min(model.first_k_dense_replace, 1)
+    part = replace(
+        cfg,
+        model=replace(
+            model,
+            num_hidden_layers=min(model.num_hidden_layers, LAYERS),
+            first_k_dense_replace=dense,
+            num_nextn_predict_layers=0,
+            force_balance=True,
+        ),
+        train=replace(
+            train,
+            global_batch_size=MICRO_BATCHES * train.micro_batch_size,
+            batch_ramp=None,
+            recompute="selective" if train.recompute == "full" else train.recompute,
+        ),
+        parallel=replace(cfg.parallel, pp_size=1, ep_size=1, schedule="1f1b", layout=""),
+    )
+    validate(part, 1, training=False)  # its tokens are random
+    return part
+
+
+def require_room(part: Config, device_name: str) -> None:
+    """Raise ConfigError where the measured part does not fit in the device's memory."""
+    cluster = replace(part.cluster, device=device_name, devices=1)
+    layout = Layout.of(replace(part, cluster=cluster))
+    reason = misfit(Memory(layout, Calibration()).ranks(), layout)
+    if reason:
+        raise ConfigError(f"{LAYERS} layers of this model do not fit: {reason}; or fewer model.n_routed_experts")
 
 
 class Bench:
-    """One configuration's shapes on one device."""
+    """A few layers of a configuration, training on this device. cfg: of `measured_part`."""
 
-    def __init__(self, cfg: Config, device: torch.device, clock: Clock, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.m, self.device, self.clock, self.dtype = cfg.model, device, clock, dtype
-        self.batch, self.seq_len = cfg.train.micro_batch_size, cfg.data.seq_len
-        self.tokens = self.batch * self.seq_len
-        self.ep_size = cfg.parallel.ep_size
+    def __init__(self, cfg: Config) -> None:
+        grid = init_distributed(cfg)
+        if grid.world_size > 1:
+            raise ConfigError(f"{grid.world_size} ranks: a calibration runs on one device; start one process")
+        self.cfg, self.device = cfg, grid.device
+        placement = Placement.of(cfg, grid)
+        model, self.executor = build_pipeline(cfg, grid, placement)
+        self.engine = build_engine(model, cfg, grid, placement.chunk_of, lambda name: placement.owner_of(name, False))
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.meter = Meter(cfg.model, cfg.train.micro_batch_size * cfg.data.seq_len, cfg.data.seq_len, self.device)
+        shape = (cfg.train.micro_batch_size, cfg.data.seq_len + 1)
+        tokens = (torch.randint(cfg.model.vocab_size, shape, device=self.device) for _ in range(MICRO_BATCHES))
+        self.batches = [Batch(drawn, None) for drawn in tokens]
 
-    def _random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self.device).to(self.dtype)
+    def step(self) -> Measured:
+        """One optimizer step, taken apart."""
+        train, meter = self.cfg.train, self.meter
+        meter.begin()
+        self.engine.begin_step()
+        tokens = MICRO_BATCHES * train.micro_batch_size * self.cfg.data.seq_len
+        self.executor.run(self.batches, MICRO_BATCHES, 1.0 / tokens, 0.0, on_chunk_done=self.engine.reduce)
+        meter.compute_done()
+        self.engine.finish_step(self.cfg.optim.lr)
+        return meter.end()
 
-    def rows(self, fp8: bool) -> Iterator[dict[str, Any]]:
-        """All rows, as they are measured."""
-        yield self._copy()
-        yield self._update()
-        yield from self._attention()
-        for n, k in self._matrices():
-            yield from self._dense(n, k, fp8)
-        experts, rows = self.m.n_routed_experts // self.ep_size, self.tokens * self.m.num_experts_per_tok
-        for n, k in (
-            (2 * self.m.moe_intermediate_size, self.m.hidden_size),
-            (self.m.hidden_size, self.m.moe_intermediate_size),
-        ):
-            yield from self._grouped(experts, rows // experts // 128 * 128 or 128, n, k, fp8)
+    def steps(self) -> list[Measured]:
+        """Those that count, after kernels were compiled and chosen and clocks have settled."""
+        with self.meter.installed():
+            return [self.step() for _ in range(WARMUP + STEPS)][WARMUP:]
 
-    def _matrices(self) -> list[tuple[int, int]]:
-        """(out, in) of the dense projections of a layer."""
-        m = self.m
-        qk = m.qk_nope_head_dim + m.qk_rope_head_dim
-        query = m.num_attention_heads * qk
-        first = [(query, m.hidden_size)] if m.q_lora_rank is None else [(m.q_lora_rank, m.hidden_size)]
-        second = [] if m.q_lora_rank is None else [(query, m.q_lora_rank)]
-        up = (m.num_attention_heads * (m.qk_nope_head_dim + m.v_head_dim), m.kv_lora_rank)
-        out = (m.hidden_size, m.num_attention_heads * m.v_head_dim)
-        return [*first, *second, up, out, (2 * m.intermediate_size, m.hidden_size)]
+    def rows(self, steps: list[Measured]) -> Iterator[dict[str, Any]]:
+        """All rows of these steps, and a copy."""
+        yield self.copy()
+        fewest = self._fewest_bytes()
+        for step in steps:
+            yield from _products(step)
+            left = step.rest
+            head = left.get("head", 0.0) + left.get("other", 0.0)
+            pieces = {"attention": left["attention"], "experts": left["experts"], "head": head}
+            for piece, seconds in pieces.items():
+                yield {"kind": "elementwise", "piece": piece, "bytes": fewest[piece], "seconds": seconds}
+            yield {"kind": "update", "parameters": self.parameters, "seconds": step.update}
 
-    def _copy(self) -> dict[str, Any]:
-        source = self._random(UPDATE)
+    def copy(self) -> dict[str, Any]:
+        """Reading and writing, alone: a copy waits for memory at any clock."""
+        source = torch.zeros(COPY, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
-        size = 2 * source.numel() * source.element_size()
-        return {"kind": "copy", "bytes": size, "seconds": self.clock(lambda: target.copy_(source))}
+        target.copy_(source)
+        start = Mark(self.device)
+        for _ in range(COPIES):
+            target.copy_(source)
+        stop = Mark(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return {"kind": "copy", "bytes": 2 * COPY * COPIES, "seconds": start.until(stop)}
 
-    def _update(self) -> dict[str, Any]:
-        master, grad = (torch.randn(UPDATE, device=self.device) for _ in range(2))
-        first, second, low = (torch.zeros(UPDATE, device=self.device, dtype=self.dtype) for _ in range(3))
-        step = torch.ones((), dtype=torch.int64, device=self.device)
-        scale = torch.ones((), device=self.device)
-
-        def update() -> None:
-            kernels.sum_of_squares(grad)
-            kernels.adamw_(master, grad, first, second, low, 1e-4, 0.9, 0.95, 1e-8, 0.1, step, scale)
-
-        return {"kind": "update", "parameters": UPDATE, "seconds": self.clock(update)}
-
-    def _attention(self) -> Iterator[dict[str, Any]]:
-        m, heads = self.m, self.m.num_attention_heads
-        qk = m.qk_nope_head_dim + m.qk_rope_head_dim
-        q, k = (self._random(self.batch, self.seq_len, heads, qk).requires_grad_() for _ in range(2))
-        v = self._random(self.batch, self.seq_len, heads, m.v_head_dim).requires_grad_()
-        flops = self.batch * heads * self.seq_len**2 * (qk + m.v_head_dim)  # causal half of 2 x 2 S^2 (dk + dv) / 2
-        with torch.no_grad():
-            forward = self.clock(lambda: attend(q, k, v, qk**-0.5, None))
-        yield {"kind": "attention", "pass": "forward", "flops": flops, "seconds": forward}
-        out = attend(q, k, v, qk**-0.5, None)
-        gradient = torch.randn_like(out)
-        seconds = self.clock(lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True))
-        yield {"kind": "attention", "pass": "backward", "flops": ATTENTION_BACKWARD * flops, "seconds": seconds}
-
-    def _gemm(self, form: str, shape: str, which: str, flops: float, call: Callable[[], Any]) -> dict[str, Any]:
-        row = {"kind": "gemm", "format": form, "shape": shape, "pass": which, "flops": flops}
-        return row | {"seconds": self.clock(call)}
-
-    def _dense(self, n: int, k: int, fp8: bool) -> Iterator[dict[str, Any]]:
-        x, dy, w = self._random(self.tokens, k), self._random(self.tokens, n), self._random(n, k)
-        grad, flops = torch.zeros(n, k, device=self.device), 2.0 * self.tokens * n * k
-        yield self._gemm("bf16", "dense", "forward", flops, lambda: torch.mm(x, w.t()))
-        yield self._gemm("bf16", "dense", "input", flops, lambda: torch.mm(dy, w))
-        yield self._gemm("bf16", "dense", "weight", flops, lambda: kernels.dense_wgrad_(grad, dy, x, True))
-        if fp8:
-            codes, turned = kernels.quantise_rows(x), kernels.quantise_blocks(w)
-            columns = (*kernels.quantise_columns(dy), *kernels.quantise_columns(x))
-            yield self._gemm("fp8", "dense", "forward", flops, lambda: kernels.fp8_mm(*codes, *turned[:2]))
-            yield self._gemm("fp8", "dense", "weight", flops, lambda: kernels.fp8_wgrad_(grad, *columns, True))
-
-    def _grouped(self, experts: int, each: int, n: int, k: int, fp8: bool) -> Iterator[dict[str, Any]]:
-        rows = experts * each
-        offsets = (torch.arange(experts, device=self.device) + 1).mul_(each).int()
-        x, dy, w = self._random(rows, k), self._random(rows, n), self._random(experts, n, k)
-        grad, flops = torch.zeros(experts, n, k, device=self.device), 2.0 * rows * n * k
-        yield self._gemm("bf16", "grouped", "forward", flops, lambda: kernels.grouped_mm(x, w, offsets))
-        yield self._gemm("bf16", "grouped", "input", flops, lambda: kernels.grouped_mm_t(dy, w, offsets))
-        wgrad = lambda: kernels.grouped_wgrad_(grad, dy, x, offsets, True)  # noqa: E731
-        yield self._gemm("bf16", "grouped", "weight", flops, wgrad)
-        if fp8:
-            codes, blocks = kernels.quantise_rows(x), kernels.quantise_blocks(w)
-            columns = (*kernels.quantise_columns(dy), *kernels.quantise_columns(x))
-            forward = lambda: kernels.grouped_fp8_mm(*codes, *blocks[:2], offsets)  # noqa: E731
-            yield self._gemm("fp8", "grouped", "forward", flops, forward)
-            weight = lambda: kernels.grouped_fp8_wgrad_(grad, *columns, offsets, True)  # noqa: E731
-            yield self._gemm("fp8", "grouped", "weight", flops, weight)
+    def _fewest_bytes(self) -> dict[str, float]:
+        """Of all micro-batches of a step, by piece."""
+        cfg, m = self.cfg, self.cfg.model
+        device = next(iter(DEVICES.values()))  # bytes do not depend on it
+        tokens = cfg.train.micro_batch_size * cfg.data.seq_len
+        work = Workload(
+            m, device, Calibration(), cfg.precision.name, cfg.train.recompute, cfg.data.seq_len, tokens, ep=1
+        )
+        layers = [work.fewest_bytes(index >= m.first_k_dense_replace) for index in range(m.num_hidden_layers)]
+        found = {piece: MICRO_BATCHES * sum(layer[piece] for layer in layers) for piece in ("attention", "experts")}
+        return found | {"head": MICRO_BATCHES * work.head_bytes}
 
 
-def document(cfg: Config, device_name: str, fp8: bool) -> dict[str, Any]:
-    """The calibration file of this CUDA device, named as in the planner's table of devices."""
+def _products(step: Measured) -> Iterator[dict[str, Any]]:
+    """Rows of a step's products; passes that share a constant are one row, so that its rate is the one of their sum."""
+    together: dict[tuple[str, ...], list[float]] = {}
+    for kind, numbers in step.products.items():
+        if kind[1:2] == ("dense",) and kind[2] == "input" or kind[:2] == ("bf16", "grouped"):
+            kind = (*kind[:2], "forward")
+        together[kind] = [a + b for a, b in zip(together.get(kind, [0.0] * 3), numbers)]
+    for kind, (work, seconds, summed) in together.items():
+        if kind == CODES:
+            yield {"kind": "codes", "parameters": work, "seconds": seconds}
+        elif kind in (ATTENTION, ATTENTION_BACKWARD):
+            yield {"kind": "attention", "pass": kind[1], "flops": work, "seconds": seconds}
+        else:
+            row = {"kind": "gemm", "format": kind[0], "shape": kind[1], "pass": kind[2], "flops": work}
+            yield row | {"seconds": seconds} | ({"summed": summed} if summed else {})
+
+
+def document(cfg: Config, device_name: str, command: str) -> dict[str, Any]:
+    """The calibration file of this CUDA device, named as in the planner's table of devices.
+
+    Raises ConfigError where there is no such device, or not enough of its memory.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError("what=calibration measures a CUDA device, and there is none here")
     import triton
 
-    from deepv3.kernels.testing import time_gpu
-
-    device = torch.device("cuda")
-    bench = Bench(cfg, device, lambda call: time_gpu(call).median_us / 1e6)
+    part = measured_part(cfg)
+    require_room(part, device_name)
+    bench = Bench(part)
+    steps = bench.steps()
     versions = {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]}
-    name = torch.cuda.get_device_name(device)
-    rows = list(bench.rows(fp8))
-    return {"format": 1, "name": name, "device": device_name, "versions": versions, "rows": rows}
+    return {
+        "format": 1,
+        "name": f"{torch.cuda.get_device_name(bench.device)}, {bench.cfg.precision.name}",
+        "device": device_name,
+        "command": command,
+        "versions": versions,
+        "step_seconds": [step.step for step in steps],
+        "host_seconds": [step.host for step in steps],
+        "rows": list(bench.rows(steps)),
+    }

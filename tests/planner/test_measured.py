@@ -37,6 +37,8 @@ def everything() -> list[dict]:
     ]
     rows += [{"kind": "elementwise", "piece": "experts", "bytes": 1e9, "seconds": 3.0 * 1e9 / (0.8 * H800.hbm)}]
     rows += [{"kind": "pair", "slots": 0.1, "seconds": 0.108}, {"kind": "host", "layers": 20, "seconds": 0.01}]
+    rows += [{"kind": "elementwise", "piece": "head", "bytes": 1e9, "seconds": 1.2 * 1e9 / (0.8 * H800.hbm)}]
+    rows += [{"kind": "codes", "parameters": 1e9, "seconds": 4.4e9 / (0.8 * H800.hbm)}]
     return [*rows, {"kind": "update", "parameters": 1e9, "seconds": 24e9 / (0.8 * H800.hbm)}]
 
 
@@ -46,11 +48,19 @@ def test_known_constants_come_back_out_of_their_rows():
         "fp8_dense": 0.6, "fp8_dense_wgrad": 0.31, "fp8_grouped": 0.41, "fp8_grouped_dgrad": 0.42,
         "fp8_grouped_wgrad": 0.43, "bf16_dense": 0.55, "attention": 0.5, "attention_backward": 0.4, "hbm": 0.8,
         "nic": 0.7, "sync_nic": 2e-4, "traffic_experts": 3.0, "interference": 1.08, "layer_overhead": 5e-4,
-        "update_bytes": 24.0,
+        "update_bytes": 24.0, "codes_bytes": 4.4, "traffic_head": 1.2,
     }  # fmt: skip
     for name, value in expected.items():
         assert getattr(cal, name).value == pytest.approx(value), name
     assert cal.name == "here" and "here" in cal.fp8_dense.source
+
+
+def test_the_time_of_fp32_sums_is_taken_off_a_weight_gradient():
+    """At the rate that this file's copies reach: products at 0.5 of the peak, then 2 GB of sums."""
+    row = gemm(0.5, shape="grouped", **{"pass": "weight"}) | {"summed": 2e9}
+    row["seconds"] += 2e9 / (0.8 * H800.hbm)
+    copy = {"kind": "copy", "bytes": 1e9, "seconds": 1e9 / H800.hbm / 0.8}
+    assert calibrate([row, copy], H800, REPORT, "here").fp8_grouped_wgrad.value == pytest.approx(0.5)
 
 
 def test_constants_without_rows_keep_their_value():
@@ -90,6 +100,8 @@ def test_an_imagined_machine_is_planned_within_ten_percent_after_one_calibration
         gemm(0.5) | {"pass": "sideways"},
         gemm(0.5) | {"seconds": "fast"},
         {"kind": "elementwise", "piece": "router", "bytes": 1.0, "seconds": 1.0},
+        {"kind": "copy", "seconds": 1.0},
+        gemm(0.5, shape="grouped", **{"pass": "weight"}) | {"summed": 1e15},
         {"kind": "alltoall", "scope": "nic", "bytes": 1e6, "seconds": 1e-3},
     ],
 )
