@@ -18,10 +18,9 @@ from deepv3.kernels.casts import INTERPRETED
 from deepv3.kernels.checks import ACTIVATIONS, E4M3, FP32, INT32, check, check_block_scales, check_rows8, check_width
 
 GLUON_FOR = "3.6."  # the Triton whose Gluon the kernels are written in
-# Versions of Triton the Gluon kernels have passed the GPU tests with (3.6.0 on an H200): elsewhere they run when forced
+# Versions of Triton the Gluon kernels have passed the GPU tests with, as they are now: elsewhere they run when forced
 # only, because a wrong barrier does not fail, it hangs.
-GLUON_PASSED: tuple[str, ...] = ("3.6.",)
-GLUON_UNTRIED = ", in turns"  # ends the names of Gluon tiles that have yet to pass them
+GLUON_PASSED: tuple[str, ...] = ()
 
 Backend = Callable[..., Any]
 
@@ -54,9 +53,9 @@ def _gluon() -> tuple[dict[str, Backend], dict[str, Backend]]:
                 stacklevel=2,
             )
         return {}, {}
-    gluon8 = importlib.import_module("deepv3.kernels.gluon8")
+    gluon8_mm = importlib.import_module("deepv3.kernels.gluon8_mm")
     gluon8_wgrad = importlib.import_module("deepv3.kernels.gluon8_wgrad")
-    mm = {tile.name: _mm(gluon8.launch_mm, tile) for tile in gluon8.MM_TILES}
+    mm = {tile.name: _mm(gluon8_mm.launch_mm, tile) for tile in gluon8_mm.MM_TILES}
     return mm, {tile.name: _wgrad(gluon8_wgrad.launch_wgrad, tile) for tile in gluon8_wgrad.WGRAD_TILES}
 
 
@@ -76,9 +75,8 @@ BACKENDS = _table()
 
 def unasked(op: str) -> list[str]:
     """The names of `BACKENDS[op]` among which is measured."""
-    passed = triton.__version__.startswith(GLUON_PASSED) if GLUON_PASSED else False
-    tried = [name for name in BACKENDS[op] if not name.endswith(GLUON_UNTRIED)]
-    return [name for name in tried if passed or not name.startswith("gluon")]
+    passed = triton.__version__.startswith(GLUON_PASSED)
+    return [name for name in BACKENDS[op] if passed or not name.startswith("gluon")]
 
 
 def _chosen(op: str, shape: tuple[Any, ...], run: backends.Run, device: torch.device) -> Backend:
@@ -108,8 +106,8 @@ def fp8_mm(
     n = weight.shape[0]
     check_block_scales("weight_scales", weight_scales, (-(-n // 128), -(-k // 128)), codes.device)
     _check_result(n, dtype)
-    if m * n == 0:
-        return torch.empty(m, n, dtype=dtype, device=codes.device)
+    if m * n * k == 0:
+        return torch.zeros(m, n, dtype=dtype, device=codes.device)
     return _product("fp8_mm", (codes, scales, weight, weight_scales, None, dtype), (m, n, k, dtype))
 
 
@@ -130,7 +128,7 @@ def grouped_fp8_mm(
     _check_result(n, dtype)
     if m % 128:
         raise ValueError(f"codes has {m} rows, needed a multiple of 128: take the rows of routing_tables(align=128)")
-    if m * n == 0 or groups == 0:
+    if m * n * k * groups == 0:
         return torch.zeros(m, n, dtype=dtype, device=codes.device)
     return _product("grouped_fp8_mm", (codes, scales, weight, weight_scales, offsets, dtype), (groups, m, n, k, dtype))
 

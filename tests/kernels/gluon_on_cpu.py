@@ -54,6 +54,10 @@ class Shared:
     def __init__(self, values: Any) -> None:
         self.values = values
 
+    @property
+    def shape(self) -> Any:
+        return self.values.shape
+
     def index(self, place: Any) -> Any:
         chosen = self.values[int(place)]
         return chosen if isinstance(chosen, Barrier) else Shared(chosen)
@@ -78,12 +82,12 @@ class Descriptor:
 
     def __init__(self, tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]):
         self.view = tensor.as_strided(shape, strides)
-        self.block, self.dtype = block, tensor.dtype
+        self.block_shape, self.dtype = block, tensor.dtype
 
     def window(self, coordinates: list[Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """(of the tensor, of the tile) where both are."""
         starts = [int(c) for c in coordinates]
-        ends = [min(s + b, size) for s, b, size in zip(starts, self.block, self.view.shape)]
+        ends = [min(s + b, size) for s, b, size in zip(starts, self.block_shape, self.view.shape)]
         inside = tuple(slice(s, max(s, e)) for s, e in zip(starts, ends))
         return inside, tuple(slice(0, part.stop - part.start) for part in inside)
 
@@ -102,10 +106,11 @@ class Pointer:
 
 
 class Later:
-    """A product that has been issued."""
+    """A product that has been issued; until it is there, its registers hold anything."""
 
     def __init__(self, a: Shared, b: Shared) -> None:
         self.a, self.b = a, b
+        self.value = torch.full((a.values.shape[0], b.values.shape[1]), float("nan"))
 
 
 def _memory(tensor: Tensor) -> Tensor:
@@ -162,9 +167,22 @@ class Machine:
             inside, tile = descriptor.window(coordinates)
             descriptor.view[inside] = source.values[tile] + (descriptor.view[inside] if add else 0)
 
+    def multiply(self, a: Shared, b: Shared) -> Later:
+        self.issued().append(Later(a, b))
+        return self.issued()[-1]
+
+    def issued(self) -> list[Later]:
+        if not hasattr(self.sent, "issued"):
+            self.sent.issued = []
+        return self.sent.issued
+
     def product(self, pending: int, deps: tuple[Later]) -> Tensor:
         time.sleep(self.lag)
-        return deps[0].a.values.float() @ deps[0].b.values.float()
+        issued = self.issued()
+        while len(issued) > pending:
+            done = issued.pop(0)
+            done.value = done.a.values.float() @ done.b.values.float()
+        return deps[0].value
 
     def specialise(self, partitions: list[Any], warps: list[int], registers: list[int]) -> None:
         failures: list[BaseException] = []
@@ -172,7 +190,7 @@ class Machine:
         def run(function: Any, args: tuple[Any, ...]) -> None:
             try:
                 function(*args)
-                assert not self.queue(), "a partition ends with a store under way"
+                assert not self.queue() and not self.issued(), "a partition ends with a store or product under way"
             except BaseException as failure:
                 failures.append(failure)
 
@@ -196,7 +214,7 @@ class Machine:
             reshape=lambda value, shape: value.reshape(shape),
             permute=lambda value, order: value.permute(order),
             split=lambda value: value.unbind(-1),
-            where=lambda condition, a, b: a if condition else b,
+            where=lambda condition, a, b: torch.where(torch.as_tensor(condition), a, b),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             arange=lambda start, end, layout: torch.arange(start, end),
             expand_dims=lambda value, axis: value.unsqueeze(axis),
@@ -207,6 +225,7 @@ class Machine:
             allocate_shared_memory=self.allocate,
             warp_specialize=self.specialise,
             thread_barrier=lambda: None,
+            inline_asm_elementwise=lambda asm, constraints, args, dtype, is_pure, pack: args[0],
             NVMMADistributedLayout=lambda **how: None,
             BlockedLayout=lambda *how: None,
             SliceLayout=lambda *how: None,
@@ -232,7 +251,7 @@ class Machine:
             "tma": tma,
             "fence_async_shared": lambda: None,
             "reduce_add": self.add_out,
-            "warpgroup_mma": lambda a, b, acc, use_acc, is_async: Later(a, b),
+            "warpgroup_mma": lambda a, b, acc, use_acc, is_async: self.multiply(a, b),
             "warpgroup_mma_wait": self.product,
             "range": lambda *ends: (torch.tensor(i) for i in builtins.range(*(int(end) for end in ends))),
             "__builtins__": builtins,

@@ -1,4 +1,4 @@
-"""The Gluon products' protocol and arithmetic, run as Python: see `gluon_on_cpu`."""
+"""The Gluon products' protocol and arithmetic, run as Python (see `gluon_on_cpu`), and their machine code (`sass`)."""
 
 import gluon_on_cpu
 import pytest
@@ -6,30 +6,29 @@ import torch
 from gluon_on_cpu import Descriptor, OnCpu
 from inputs import Maker
 from inputs8 import make
+from sass import building
 
 import deepv3.kernels as kernels
 from deepv3.kernels import gemm8
+from deepv3.kernels.reference.quantise import row_scales
 from deepv3.kernels.testing import relative_norm
 
 gluon8 = pytest.importorskip("deepv3.kernels.gluon8", reason=f"Gluon of Triton {gemm8.GLUON_FOR}x")
+gluon8_mm = pytest.importorskip("deepv3.kernels.gluon8_mm", reason=f"Gluon of Triton {gemm8.GLUON_FOR}x")
 
 PROGRAMS = 3
-TILES = [
-    gluon8.Tile(128, 4),
-    gluon8.Tile(128, 2),
-    gluon8.Tile(128, 1),
-    gluon8.Tile(128, 3, True),
-]  # fewer stages than steps and more
+Tile = gluon8_mm.Tile
+TILES = [Tile(128, 4), Tile(128, 2), Tile(192, 3), Tile(192, 2)]  # fewer stages than steps and more
 ENDS = {"first empty": [0, 128, 384], "last empty": [256, 384, 384], "all empty": [0, 0, 0], "full": [128, 128, 512]}
 
 
 @pytest.fixture(autouse=True)
 def kernel_on_cpu(monkeypatch) -> OnCpu:
     """Launches run the kernel as Python, three programs wide."""
-    stand_in = OnCpu("mm_kernel", gluon8)
+    stand_in = OnCpu("mm_kernel", gluon8_mm)
     monkeypatch.setattr(gluon8, "describe", Descriptor)
-    monkeypatch.setattr(gluon8, "mm_kernel", stand_in)
-    monkeypatch.setattr(gluon8, "multiprocessors", lambda device: PROGRAMS)
+    monkeypatch.setattr(gluon8_mm, "mm_kernel", stand_in)
+    monkeypatch.setattr(gluon8_mm, "multiprocessors", lambda device: PROGRAMS)
     return stand_in
 
 
@@ -44,35 +43,61 @@ def test_a_descriptor_is_made_once_per_address_and_shape_and_keeps_no_memory(mon
     assert all(other is not first for other in others) and others[3].layout != first.layout
 
 
+@pytest.mark.parametrize("tile", gluon8_mm.MM_TILES, ids=str)
+def test_stages_and_result_fill_shared_memory_and_no_more(tile):
+    for dtype in (torch.bfloat16, torch.float32):
+        stages = tile.fitting(dtype)
+        used = stages * ((128 + tile.n) * 128 + 512) + 128 * tile.n * dtype.itemsize
+        assert 2 <= stages <= tile.stages and used <= 232_448 - 1024
+    assert tile.fitting(torch.bfloat16) == tile.stages
+
+
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize(("rows", "n", "k"), [(300, 272, 272), (1, 16, 128), (128, 640, 1040)])
 def test_product_of_any_shape(rows, n, k, tile):
     *operands, _ = make("fp8_mm", Maker(1, torch.float32), rows=rows, n=n, k=k)
     out = torch.full((rows, n), float("nan"))
-    gluon8.launch_mm(out, *operands, None, tile)
+    gluon8_mm.launch_mm(out, *operands, None, tile)
     assert relative_norm(out, kernels.fp8_mm.__wrapped__(*operands, torch.float32)) <= 1e-6
 
 
+@pytest.mark.parametrize("tile", TILES[::2], ids=str)
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
-def test_grouped_product_of_uneven_experts(ends):
+def test_grouped_product_of_uneven_experts(ends, tile):
     *operands, offsets, _ = make("grouped_fp8_mm", Maker(2, torch.float32), ends=ends, rows=512, n=272, k=400)
     out = torch.full((512, 272), float("nan"))
-    gluon8.launch_mm(out, *operands, offsets, TILES[0])
+    gluon8_mm.launch_mm(out, *operands, offsets, tile)
     assert relative_norm(out, kernels.grouped_fp8_mm.__wrapped__(*operands, offsets, torch.float32)) <= 1e-6
     assert (out[ends[-1] :] == 0).all()
 
 
-ARRIVE = "            mbarrier.arrive(empty.index(stage), count=1)\n"
-WAIT = "            part = warpgroup_mma_wait(0, deps=(part,))\n"
+def test_rows_of_nobody_are_zero_whatever_they_hold():
+    *operands, offsets, _ = make("grouped_fp8_mm", Maker(3, torch.float32), ends=[128], rows=256, n=272, k=400)
+    operands[0].view(torch.uint8)[128:] = 0x7F  # NaN
+    out = torch.full((256, 272), float("nan"))
+    gluon8_mm.launch_mm(out, *operands, offsets, TILES[2])
+    assert (out[128:] == 0).all() and out[:128].isfinite().all()
+
+
+RETURN = "    mbarrier.arrive(empty.index(before), count=1)\n"
+SEND = "        _send(outs, totals, staging, row, cols, HALF)\n"
+POINTERS = "        scales_ptr = weight_scales_ptr + group * group_stride\n"
 MISTAKES = {
     "the producer waits for a stage nobody has used": {"stage, phase = 0, 1": "stage, phase = 0, 0"},
-    "one consumer keeps its stages": {ARRIVE: "            if HALF == 0:\n    " + ARRIVE},
+    "one consumer keeps its stages": {RETURN: "    if HALF == 0:\n    " + RETURN},
+    "a stage is handed back before it is read": {"empty.index(before)": "empty.index(stage)"},
+    "before the first step a stage is handed back": {"at = (STAGES, 0, 0)": "at = (STAGES - 1, 0, 0)"},
+    "the stage after the last never comes": {"mbarrier.arrive(full.index(stage), count=1)": "pass"},
     "fewer bytes are announced than come": {"(128 + N) * 128 + 128 * 4": "(128 + N) * 128"},
-    "a stage is handed back before it is read": {ARRIVE: "", WAIT: ARRIVE + WAIT},
-    "a tile is overwritten while it leaves": {"        tma.store_wait(0)\n        gl": "        gl"},
+    "a part is added that is still multiplied": {"warpgroup_mma_wait(LATER": "warpgroup_mma_wait(1"},
+    "a tile is overwritten while it leaves": {"    tma.store_wait(0)\n    gl": "    gl"},
+    "a tile is sent to the next one's place": {SEND: "", POINTERS: SEND + POINTERS},
+    "a tile begins with the sums of the last": {"HALF, STAGES, True)": "HALF, STAGES, False)"},
+    "a step's scales are used for the next": {"gl.minimum(step + 1, steps - 1)": "step"},
+    "parts of odd tiles lie across blocks of scales": {
+        "(col + odd * 64, col + (1 - odd) * 128)": "(col + odd * 0, col + 128)"
+    },
     "the phase never turns": {"phase ^ 1": "phase"},
-    "nobody has the first turn": {"my_turn = 1 - HALF": "my_turn = 0"},
-    "a turn is not handed on": {"turn.index(1 - HALF)": "turn.index(HALF)"},
 }
 
 
@@ -83,9 +108,51 @@ def test_a_mistake_in_the_protocol_is_found(mistake, kernel_on_cpu, monkeypatch)
     kernel = kernel_on_cpu
     assert all(any(old in source for source in kernel.sources.values()) for old in MISTAKES[mistake])
     kernel.edits, kernel.lag = MISTAKES[mistake], 0.01
-    *operands, _ = make("fp8_mm", Maker(5, torch.float32), rows=512, n=256, k=512)
-    out = torch.full((512, 256), float("nan"))
+    *operands, _ = make("fp8_mm", Maker(5, torch.float32), rows=512, n=384, k=512)
+    out = torch.full((512, 384), float("nan"))
     expected = kernels.fp8_mm.__wrapped__(*operands, torch.float32)
     with pytest.raises(AssertionError):
-        gluon8.launch_mm(out, *operands, None, gluon8.Tile(128, 2, turns="turn" in mistake))
+        gluon8_mm.launch_mm(out, *operands, None, Tile(192, 2))
         assert relative_norm(out, expected) <= 1e-6
+
+
+def operands(groups: int, rows: int, n: int, k: int, dtype: torch.dtype) -> list[torch.Tensor | None]:
+    """Arguments of a launcher on the meta device: result, codes, scales, weight, its scales, offsets."""
+    meta = torch.device("meta")
+    stacked = (groups,) if groups > 1 else ()
+    return [
+        torch.empty(rows, n, dtype=dtype, device=meta),
+        torch.empty(rows, k, dtype=torch.float8_e4m3fn, device=meta),
+        row_scales(rows, k, meta),
+        torch.empty(*stacked, n, k, dtype=torch.float8_e4m3fn, device=meta),
+        torch.empty(*stacked, -(-n // 128), -(-k // 512) * 4, device=meta),
+        torch.empty(groups, dtype=torch.int32, device=meta) if groups > 1 else None,
+    ]
+
+
+@pytest.mark.parametrize("tile", gluon8_mm.MM_TILES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("groups", "rows", "n", "k"), [(4, 32768, 4096, 7168), (1, 4096, 2112, 7168)])
+def test_machine_code_has_nothing_between_products_that_could_be_behind_them(
+    groups, rows, n, k, dtype, tile, monkeypatch
+):
+    monkeypatch.undo()
+    monkeypatch.setattr(gluon8_mm, "multiprocessors", lambda device: 132)
+    with building() as built:
+        gluon8_mm.launch_mm(*operands(groups, rows, n, k, dtype), tile)
+    (kernel,) = built
+    parts = 1 if tile.n == 128 else 2
+    assert kernel.spills == 0 and kernel.shared <= 232_448
+    assert kernel.count(r"USETMAXREG\.DEALLOC\.CTAPOOL 0x28") >= 1
+    assert kernel.count(r"USETMAXREG\.\S+ (UP0, )?0xe8") >= 2
+    # Two consumers with a tile's first step and the loop over the others each; a part's last product is waited for.
+    assert kernel.count(r"QGMMA\.64x128x32\.F32\.E4M3\.E4M3") == 16
+    assert kernel.count(r"QGMMA\.64x64x32\.F32\.E4M3\.E4M3") == 16 * (parts - 1)
+    assert kernel.count(r"QGMMA[^\n]*gsb0") == 4 * parts, "the compiler waits for every product by itself"
+    assert kernel.count("UTMALDG") == 2 + parts
+    assert kernel.count("R2UR") <= 40, "what all lanes share is in registers of every lane"
+    # A step: products, all warps meet, the stage before goes back, 128 columns are added, the next stage is looked for.
+    added = r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1 (.|\n)*?FFMA(.|\n)*?" if parts == 2 else ""
+    order = rf"gsb0 ;(.|\n)*?BAR\.SYNC(.|\n)*?SYNCS\.ARRIVE(.|\n)*?{added}PHASECHK(.|\n)*?DEPBAR\.LE gsb0, 0x0"
+    assert kernel.count(order) >= 2
+    assert kernel.count(r"gsb0 ;(.|\n)*?ST[SM]+\.(.|\n)*?UTMASTG(.|\n)*?WARPGROUP\.DEPBAR") >= 2

@@ -8,7 +8,7 @@ import torch
 from inputs import kernel
 from sass import Built, building
 
-from deepv3.kernels import gemm8, triton8
+from deepv3.kernels import triton8
 from deepv3.kernels.reference.quantise import row_scales
 
 SHARED_LIMIT = 232_448
@@ -147,30 +147,3 @@ def test_plain_weight_gradient_reads_by_descriptor_and_does_not_spill(tile):
         triton8.launch_wgrad(*GRADIENT, True, tile)
     lint_product(built[0])
     assert built[0].count(VECTOR_STORES) >= 16
-
-
-def lint_specialised(built: Built) -> None:
-    """Two consumer warpgroups that take 232 registers and a producer that gives its own away."""
-    lint_product(built)
-    assert built.count(r"USETMAXREG\.DEALLOC\.CTAPOOL 0x28") >= 1 and built.count(r"USETMAXREG\.\S+ (UP0, )?0xe8") >= 2
-    # Per consumer: products of a step, then all warps meet, then the stage is handed back, then the sum is scaled.
-    order = r"QGMMA[^\n]*gsb0(.|\n)*?WARPGROUP\.DEPBAR(.|\n)*?BAR\.SYNC(.|\n)*?SYNCS\.ARRIVE"
-    assert built.count(order) == 2
-
-
-gluon = pytest.mark.skipif(
-    not any(name.startswith("gluon") for name in gemm8.BACKENDS["fp8_mm"]), reason=f"Gluon of Triton {gemm8.GLUON_FOR}x"
-)
-
-
-@gluon
-@pytest.mark.parametrize("args", [PRODUCT, DENSE], ids=["grouped", "dense"])
-def test_gluon_product_is_specialised_by_warps(args, monkeypatch):
-    from deepv3.kernels import gluon8
-
-    monkeypatch.setattr(gluon8, "multiprocessors", lambda device: 132)
-    for tile in gluon8.MM_TILES:
-        with building() as built:
-            gluon8.launch_mm(*args, tile)
-        lint_specialised(built[0])
-        assert built[0].count("UTMASTG") >= 2
