@@ -17,7 +17,7 @@ from deepv3.kernels.quantise import empty_columns, empty_rows
 from deepv3.kernels.reference.quantise import BLOCK
 from deepv3.kernels.turn import column_words, four, rounded, store_columns, turn_values, turned_rows
 
-COLUMNS, COLUMNS_WARPS = 64, 4  # of a program that quantises by columns
+COLUMNS, COLUMNS_WARPS, COLUMNS_REGISTERS = 64, 4, 96  # of a program that quantises by columns: five share a processor
 
 
 @triton.jit
@@ -169,5 +169,6 @@ def rmsnorm_fp8_columns(x: Tensor, weight: Tensor, rstd: Tensor, pow2: bool = Fa
             POW2=pow2,
             COLS=COLUMNS,
             num_warps=COLUMNS_WARPS,
+            maxnreg=COLUMNS_REGISTERS,
         )
     return codes, scales

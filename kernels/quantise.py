@@ -24,9 +24,10 @@ from deepv3.kernels.reference.quantise import BLOCK, E4M3, block_scales, round_u
 from deepv3.kernels.turn import column_words, store_columns, turn_numbers, turn_values, turned_rows
 
 ROWS = 32  # of a program that quantises by rows
-ROWS_WARPS, BOTH_WARPS = 4, 8
-COLUMNS, COLUMNS_WARPS = 64, 4  # of a program that quantises by columns
+ROWS_WARPS = 4
 TWO_PROGRAMS = 128  # registers a lane, with which two programs of 8 warps share a processor: one loads, one computes
+COLUMNS, COLUMNS_WARPS, COLUMNS_REGISTERS = 64, 4, 80  # of a program that quantises by columns: six share a processor
+BOTH_WARPS, BOTH_REGISTERS = 8, TWO_PROGRAMS
 
 
 @triton.jit
@@ -153,7 +154,9 @@ def _launch_columns(x: Tensor, rows: tuple[Tensor, Tensor] | None, columns: tupl
     m, k = x.shape
     codes_t, scales_t = columns
     codes, scales = rows or (codes_t, scales_t)  # not written without BOTH
-    cols, warps = (BLOCK, BOTH_WARPS) if rows else (COLUMNS, COLUMNS_WARPS)
+    cols, warps, registers = COLUMNS, COLUMNS_WARPS, COLUMNS_REGISTERS
+    if rows:
+        cols, warps, registers = BLOCK, BOTH_WARPS, BOTH_REGISTERS
     if x.numel():
         _columns_kernel[(triton.cdiv(m, BLOCK) * triton.cdiv(k, cols),)](
             x,
@@ -170,7 +173,7 @@ def _launch_columns(x: Tensor, rows: tuple[Tensor, Tensor] | None, columns: tupl
             POW2=pow2,
             COLS=cols,
             num_warps=warps,
-            maxnreg=TWO_PROGRAMS,
+            maxnreg=registers,
         )
 
 
