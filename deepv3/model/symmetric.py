@@ -11,8 +11,8 @@ has a size that depends on counts (`symmetric_memory`):
 Only the rows between 2's two halves need a size on the host. They get a bound: `HEADROOM` times the mean, or times what
 came in earlier dispatches. The experts are issued with it, and only then the host looks at the count, which left for
 the host when the copies arrived: it has launched ahead of the device by the experts' work, and the device never waits
-for it. Where there were more rows than the bound, the experts' work is issued once more with the true count, and the
-bound grows. Nothing is dropped; no rank needs to know of another's bound.
+for it. Where there were more rows than the bound, the bound grows and the experts' work is issued once more. Nothing is
+dropped; no rank needs to know of another's bound.
 """
 
 from collections.abc import Callable
@@ -130,8 +130,8 @@ class SymmetricDispatch(AllToAllDispatch):
         sums = self._with_rows(arrived, experts, bound)
         if (rows := self._look(trip)) <= bound:
             return sums
-        self.bound = max(self.bound, self._bound(rows))
-        return self._with_rows(arrived, experts, rows)
+        self.bound = self._bound(rows)
+        return self._with_rows(arrived, experts, self.bound)
 
     def _look(self, trip: Trip) -> int:
         """Rows of the experts here, or one unit of them; PeerLost where a source is missing."""
