@@ -66,10 +66,11 @@ def main(argv: list[str]) -> None:
         _search(own, cfg, cal)
         return
     _validated(cfg)
-    names = [pairs.get("+config", "run"), *_phases(own.phases, pairs.get("+config", ""))]
-    later = [_validated(_continued(name, cfg)) for name in names[1:]]
-    plan = make_plan(cfg, later, cal, Assumptions(own.price, own.mtbf_hours), names)
+    later, left_out = _later(own.phases, pairs.get("+config", ""), cfg)
+    names = [pairs.get("+config", "run"), *later]
+    plan = make_plan(cfg, list(later.values()), cal, Assumptions(own.price, own.mtbf_hours), names)
     content = document(plan)
+    content["run"]["left_out"] = left_out
     if own.measured:
         content["measured"] = compare(plan, Path(own.measured))
     if own.json:
@@ -119,6 +120,19 @@ def _phases(wish: str, preset: str) -> list[str]:
         if name not in known:
             raise ConfigError(f"phases = {wish}: no configs/{PRESET}/{name}.yaml; there is {', '.join(known)}")
     return names
+
+
+def _later(wish: str, preset: str, cfg: Config) -> tuple[dict[str, Config], dict[str, str]]:
+    """The phases that continue the run, by name, and those of `auto` whose own grid these machines cannot hold."""
+    found, left_out = {}, {}
+    for name in _phases(wish, preset):
+        try:
+            found[name] = _validated(_continued(name, cfg))
+        except ConfigError as error:
+            if wish != "auto":
+                raise ConfigError(f"phases = {wish}: {name}: {error}") from None
+            left_out[name] = str(error)
+    return found, left_out
 
 
 def _continued(name: str, cfg: Config) -> Config:

@@ -91,9 +91,10 @@ def _copied(rows: Sequence[Row], device: Device, base: Calibration) -> float:
     """The fraction of the nominal bandwidth that copies reach, which the bytes of other rows are counted at."""
     copies = [row for row in rows if isinstance(row, Mapping) and row.get("kind") == "copy"]
     try:
-        return median(_copy(row, device, 0.0)[1] for row in copies) if copies else base.hbm.value
+        found = median(_copy(row, device, 0.0)[1] for row in copies) if copies else 0.0
     except (KeyError, TypeError, ZeroDivisionError):
-        return base.hbm.value  # the loop over all rows says what is wrong with it
+        found = 0.0  # the loop over all rows says what is wrong with it
+    return found if found > 0.0 else base.hbm.value
 
 
 def calibrate(rows: Sequence[Row], device: Device, base: Calibration, name: str) -> Calibration:
@@ -109,8 +110,10 @@ def calibrate(rows: Sequence[Row], device: Device, base: Calibration, name: str)
                 sent[row["scope"]].append((float(row["bytes"]), float(row["seconds"])))
                 continue
             constant, value = READERS[row["kind"]](row, device, copied)
+            if not 0.0 < value < float("inf"):
+                raise ValueError(f"{constant} = {value}")
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise ConfigError(f"calibration row {number}, {dict(row)}: {type(error).__name__} {error}") from None
+            raise ConfigError(f"calibration row {number}, {row}: {type(error).__name__} {error}") from None
         found[ALIASES.get(constant, constant)].append(value)
     for scope, points in sent.items():
         found |= _line(scope, points, device)

@@ -159,6 +159,7 @@ def _remarks(d: dict[str, Any]) -> list[str]:
         *_measured(d),
         f"made again in backward: {', '.join(d['memory']['recomputed'])}",
         *(f"note: {row['name']}: {note}" for row in run["phases"] for note in row["notes"]),
+        *(f"note: {name} is left out: {reason}" for name, reason in run.get("left_out", {}).items()),
         *(f"note: {note}" for note in d["step"]["notes"]),
         f"failures: {fail['expected']:,.0f} expected in the first phase, one each {fail['between_hours']:,.1f} h; a "
         f"checkpoint of {fail['checkpoint_bytes'] / 1e12:.2f} TB takes {fail['checkpoint_seconds']:.1f} s, best every "

@@ -1,6 +1,8 @@
 """The measurements of launch/bench.py by name: each takes the bench's own keys and the other arguments, gives text."""
 
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from deepv3.errors import ConfigError
@@ -51,14 +53,16 @@ def profile(own: dict[str, str], rest: list[str]) -> str:
 
 
 def calibration(own: dict[str, str], rest: list[str]) -> str:
-    from deepv3.config.compose import compose
-    from deepv3.planner.hardware import DEVICES
-    from deepv3.train.calibrate import document
+    with redirect_stdout(sys.stderr):  # libraries greet there, and the file is what comes out of stdout
+        from deepv3.config.compose import compose
+        from deepv3.planner.hardware import DEVICES
+        from deepv3.train.calibrate import document
 
-    if own["device"] not in DEVICES:
-        raise ConfigError(f"device = {own['device']!r} is none of {', '.join(DEVICES)}; take the one this machine has")
-    words = ["launch/bench.py", "what=calibration", f"device={own['device']}", *rest]
-    return json.dumps(document(compose(rest), own["device"], " ".join(words)))
+        if own["device"] not in DEVICES:
+            known = ", ".join(DEVICES)
+            raise ConfigError(f"device = {own['device']!r} is none of {known}; take the one this machine has")
+        words = ["launch/bench.py", "what=calibration", f"device={own['device']}", *rest]
+        return json.dumps(document(compose(rest), own["device"], " ".join(words)))
 
 
 def layer(own: dict[str, str], rest: list[str]) -> str:

@@ -7,6 +7,7 @@ Interleaved 1F1B (VP > 1) is laid out as plain 1F1B, which has the larger bubble
 1F1B's all-to-all overlap (B200, 26.04.01) as DualPipeV, which has as many stages and pairs passes likewise.
 AutoModel: NVIDIA-NeMo/Automodel's table of DGX-H100 rows. Left out: its V3 rows, whose PP4 x VP8 with 8 micro-batches
 no schedule here comes near.
+Ours: docs/benchmarks.md, one H200, planned with `report` constants, before any calibration.
 TorchTitan: 0.2.2 on our shape `mini` (5.2 B), measured on H200 with forced balance; middle of the steps' range.
 """
 
@@ -15,8 +16,11 @@ from functools import cached_property
 
 from plans import model, on
 
+from deepv3.config.schema import ModelConfig
 from deepv3.planner.calibration import BUILT_IN, Calibration, Value
+from deepv3.planner.hardware import GIB
 from deepv3.planner.layout import Layout
+from deepv3.planner.memory import Memory
 from deepv3.planner.simulate import Simulator, Step
 from deepv3.planner.uncertain import spread
 
@@ -108,3 +112,42 @@ _MINI = {"m": model("mini"), "pp": 1, "precision": "bf16", "recompute": "none", 
 AUTOMODEL = (Row("H100 BF16, Moonlight 16B, EP8", on("h100", 8, batch=256, micro=2, **_MOONLIGHT), 22_898),)
 FITTED = Row("1 x H200 BF16, mini", on("h200", 1, ep=1, batch=2, **_MINI), 20_700, BUILT_IN["torchtitan"])
 TORCHTITAN = (Row("4 x H200 BF16, mini, EP4", on("h200", 4, ep=4, batch=8, **_MINI), 20_350, BUILT_IN["torchtitan"]),)
+
+
+_STACK = replace(
+    model("mini"), hidden_size=7168, num_attention_heads=128, q_lora_rank=1536, intermediate_size=18432,
+    moe_intermediate_size=2048, num_hidden_layers=4, n_routed_experts=8, n_group=1, topk_group=1, num_experts_per_tok=4,
+    vocab_size=32768, num_nextn_predict_layers=0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A run of this code."""
+
+    row: Row
+    gib: float
+
+    def planned_gib(self) -> float:
+        """As `compare` counts: without context and slack."""
+        cal = self.row.calibration
+        return (max(rank.total for rank in Memory(self.row.layout, cal).ranks()) - cal.workspace.value) / GIB
+
+
+def ours(name: str, m: ModelConfig, precision: str, micro: int, count: int, rate: float, gib: float) -> Ours:
+    """A run of docs/benchmarks.md on one H200. count: micro-batches a step; gib: most that torch allocated."""
+    layout = on(
+        "h200", 1, m=replace(m, num_nextn_predict_layers=0), pp=1, ep=1, precision=precision, recompute="selective",
+        micro=micro, batch=micro * count, moment_bytes=2,
+    )  # fmt: skip
+    return Ours(Row(name, layout, rate), gib)
+
+
+OURS = (
+    ours("`mini`, BF16, one micro-batch a step", model("mini"), "bf16", 2, 1, 52_468, 73.6),
+    ours("`mini`, BF16, four", model("mini"), "bf16", 2, 4, 59_389, 73.6),
+    ours("`mini`, BF16, eight", model("mini"), "bf16", 2, 8, 61_360, 73.6),
+    ours("V3-shaped stack, BF16", _STACK, "bf16", 1, 4, 35_107, 39.9),
+    ours("V3-shaped stack, FP8", _STACK, "fp8", 1, 4, 39_816, 46.8),
+    ours("`mini`, FP8", model("mini"), "fp8", 2, 4, 60_293, 85.2),
+)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from plans import config
+from rich.console import Console
 
 from deepv3.config.validate import validate
 from deepv3.errors import ConfigError, ResourceError
 from deepv3.planner.command import main
 from deepv3.planner.hardware import cluster_of
+from deepv3.planner.report import show
 
 ROOT = Path(__file__).parents[2]
 V3 = ("+config=v3_671b", "cluster=h800_2048", "train.recompute=full")  # fits in any precision
@@ -78,6 +80,19 @@ def test_a_run_is_continued_by_the_presets_of_its_name(capsys):
     assert content["run"]["post_training_gpu_hours"] == 5000
     alone = planned(capsys, *V3, "phases=none")
     assert len(alone["run"]["phases"]) == 1 and alone["run"]["post_training_gpu_hours"] == 0
+
+
+def test_a_later_phase_that_these_machines_cannot_hold_is_left_out_and_said(capsys):
+    """Its grid is its own (EP64); asked for by name it is refused, by name."""
+    grid = ("parallel.pp_size=16", "parallel.ep_size=8", "parallel.schedule=1f1b")
+    argv = ("+config=v3_671b", "cluster=b200_256", "train.global_batch_size=512", "train.batch_ramp=null", *grid)
+    content = planned(capsys, *argv)
+    assert [row["name"] for row in content["run"]["phases"]] == ["v3_671b"]
+    assert "ep_size" in content["run"]["left_out"]["v3_671b_32k"]
+    show(content, Console(width=120))
+    assert "v3_671b_32k is left out" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"v3_671b_32k.*ep_size"):
+        main([*argv, "phases=[v3_671b_32k]"])
 
 
 def test_price_and_failures_follow_their_keys(capsys):
