@@ -233,3 +233,11 @@ def buffer_bytes(
         "received": tokens * received * copy,
         "rows": tokens * rows * wire.dispatch,
     }
+
+
+def slot_bytes(m: ModelConfig, tokens: int, ep_size: int, precision: str) -> float:
+    """Bytes that `parallel.dispatcher = symmetric` holds on one rank throughout: two buffers of P slots of T rows in
+    the model's format, each row with a record of its scales, K gates and K choices, filled up to 64 bytes."""
+    record = 4 * (-(-m.hidden_size // 128) + 2 * m.num_experts_per_tok)
+    row = m.hidden_size * (4 if precision == "fp32" else 2)
+    return 2.0 * ep_size * tokens * (row + -(-record // 64) * 64)

@@ -39,6 +39,7 @@ class Layout:
     batch: int
     loss_chunk: int
     split: str = ""  # parallel.layout, layers per stage as text
+    shares_memory: bool = False  # parallel.dispatcher = symmetric
 
     @classmethod
     def of(cls, cfg: Config) -> "Layout":
@@ -59,6 +60,7 @@ class Layout:
             batch=full,
             loss_chunk=train.loss_chunk,
             split=parallel.layout,
+            shares_memory=parallel.dispatcher == "symmetric",
         )
 
     @property

@@ -18,7 +18,7 @@ Everything is a sum of products of batch, sequence and widths, so nothing shrink
 from dataclasses import dataclass
 from functools import lru_cache
 
-from deepv3.arithmetic import activation_bytes, buffer_bytes, wire_bytes
+from deepv3.arithmetic import activation_bytes, buffer_bytes, slot_bytes, wire_bytes
 from deepv3.errors import ResourceError
 from deepv3.pipeline.actions import BACKWARD, FORWARD, WEIGHT_GRAD, parts
 from deepv3.planner.calibration import Calibration
@@ -153,7 +153,7 @@ class Memory:
         return 4.0 * 2 * layout.tokens * wire_bytes(layout.m, layout.precision).boundary
 
     def _dispatch(self) -> float:
-        """Buffers of one exchange forward and one backward."""
+        """Buffers of one exchange forward and one backward, and the slots of memory that ranks share."""
         layout, m = self.layout, self.layout.m
         if layout.ep == 1:
             return 0.0
@@ -162,7 +162,8 @@ class Memory:
             reached(holders, *groups, m.n_routed_experts, m.num_experts_per_tok) for holders in (nodes, layout.ep)
         )
         sizes = buffer_bytes(m, layout.tokens, layout.ep, layout.precision, nodes, (goes_to[0], goes_to[1]))
-        return 2.0 * HEADROOM * sum(sizes.values())
+        slots = slot_bytes(m, layout.tokens, layout.ep, layout.precision) if layout.shares_memory else 0.0
+        return 2.0 * HEADROOM * sum(sizes.values()) + slots
 
     def _trials(self, rank: int) -> float:
         """Of the largest matrix gradient, FP32: all experts' first projections of a layer, or the dense one's."""

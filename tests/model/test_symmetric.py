@@ -15,6 +15,7 @@ from expert_ranks import CFG, DTYPES, SEQ, Case, build, forward_and_backward, jo
 from test_exchange import _Pieces
 
 import deepv3.kernels as kernels
+from deepv3.arithmetic import slot_bytes
 from deepv3.config.schema import Config
 from deepv3.dist import init_distributed
 from deepv3.errors import ConfigError, PeerLost
@@ -247,9 +248,11 @@ def _bytes():
     return shared.transit.bytes
 
 
-def test_the_buffers_take_what_is_said():
-    copies, row, record = 2 * MOST, CFG.hidden_size * 2, 64  # gates, choices and a scale, filled up to 16 words
-    assert ranks.run(2, _bytes) == [2 * copies * (row + record)] * 2
+def test_the_buffers_take_what_is_planned():
+    planned = slot_bytes(CFG, MOST, 2, "bf16")
+    assert ranks.run(2, _bytes) == [planned] * 2
+    row, record = CFG.hidden_size * 2, 64  # gates, choices and a scale, filled up to 16 words
+    assert planned == 2 * 2 * MOST * (row + record)
 
 
 def _refusal():

@@ -99,6 +99,11 @@ def test_more_experts_per_rank_and_fewer_data_ranks_need_more():
     assert of(cluster=small)[1].parts["moments"] == pytest.approx(2 * of()[1].parts["moments"])
 
 
+def test_ranks_that_share_memory_hold_their_slots_throughout():
+    apart, together = (of(ep=8, shares_memory=shared)[0].parts["dispatch"] for shared in (False, True))
+    assert together - apart == 2 * 8 * 4096 * (7168 * 2 + 320)  # scales, gates and choices take 288 bytes, filled up
+
+
 def test_fp32_weights_are_their_own_masters():
     parts = of(precision="fp32")[3].parts
     assert parts["master"] == 0.0 and parts["weights"] == parts["gradients"]
