@@ -34,9 +34,15 @@ def why(count: int) -> str:
     return f"{count} ranks on {devices} GPU(s), over gloo by way of the host: NCCL {version} wants a GPU for each"
 
 
-def run(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`ranks.run`, with ranks sharing GPUs where there are too few."""
+def run(count: int, function: Callable[..., Any], *arguments: Any, fresh: bool = False) -> list[Any]:
+    """`ranks.run`, with ranks sharing GPUs where there are too few.
+
+    fresh: in new processes, for what uses symmetric memory. torch counts its rendezvous per process and keeps stores by
+    the name of a group, and so wants one life of the process groups in a process, and all ranks alike.
+    """
     print(why(count))
+    if fresh:
+        ranks.close()
     with mock.patch.object(ranks, "PATIENCE", PATIENCE):
         return ranks.run(count, _on_rank, torch.cuda.device_count(), function, arguments)
 

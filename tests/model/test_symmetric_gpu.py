@@ -5,6 +5,8 @@ with all-to-all, filled up to the bound, for which a library may choose another 
 rounding's, while the exchange itself is compared to the bit.
 """
 
+from functools import partial
+
 import pytest
 import shared_gpu
 import small_model as small
@@ -21,6 +23,8 @@ from deepv3.precision.recipe import V3, Recipe
 from deepv3.train import exchange_bench
 
 pytestmark = pytest.mark.gpu
+
+run = partial(shared_gpu.run, fresh=True)
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp8": 2e-2}
 
@@ -59,7 +63,7 @@ def _both(case: Case):
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_random_rounds_with_empty_ranks_and_skew_equal_all_to_all(world, dtype):
-    assert all(shared_gpu.run(world, test_symmetric.exchanges, 5, 12, 60.0, 256, dtype))
+    assert all(run(world, test_symmetric.exchanges, 5, 12, 60.0, 256, dtype))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +76,7 @@ def test_random_rounds_with_empty_ranks_and_skew_equal_all_to_all(world, dtype):
     ids=str,
 )  # fmt: skip
 def test_a_block_computes_what_it_does_with_all_to_all(case):
-    for portable, load, shared, other in shared_gpu.run(case.world, _both, case):
+    for portable, load, shared, other in run(case.world, _both, case):
         assert load == other and torch.equal(portable["counts"], shared["counts"])
         for name, expected in portable.items():
             far = small.distance(shared[name].double(), expected.double())
@@ -99,7 +103,7 @@ def _rounds(case: Case, times: int):
 @pytest.mark.parametrize("world", [2, 4])
 def test_twenty_rounds_without_a_stop_are_twenty_times_the_same(world):
     """A slot written too early or read too late would show in some of them."""
-    assert shared_gpu.run(world, _rounds, Case(world, dtype="bf16", device="cuda"), 20) == [0] * world
+    assert run(world, _rounds, Case(world, dtype="bf16", device="cuda"), 20) == [0] * world
 
 
 def _waits(case: Case):
@@ -119,19 +123,19 @@ def _waits(case: Case):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_the_host_waits_for_nothing_but_the_look_behind_the_experts(dtype):
-    assert all(shared_gpu.run(2, _waits, Case(2, dtype=dtype, device="cuda")))
+    assert all(run(2, _waits, Case(2, dtype=dtype, device="cuda")))
 
 
 def test_a_peer_that_stays_away_is_named_and_the_kernel_ends():
-    (said, seconds), _ = shared_gpu.run(2, test_symmetric.peer_stays_away, 2.0)
+    (said, seconds), _ = run(2, test_symmetric.peer_stays_away, 2.0)
     assert said == "ranks [1] of the expert group were not heard of for 2 s" and seconds < 60
 
 
 def test_shared_memory_is_timed_where_each_rank_has_a_gpu():
     world = min(4, torch.cuda.device_count())
     if world < 2:  # ranks that take turns on a device have no bandwidth worth a number: only that it runs
-        text = shared_gpu.run(2, exchange_bench.report, 1, 256)[0]
+        text = run(2, exchange_bench.report, 1, 256)[0]
     else:
-        text = shared_gpu.run(world, exchange_bench.report, 5)[0]
+        text = run(world, exchange_bench.report, 5)[0]
     print(text)
     assert text.count("| symmetric |") == 4

@@ -6,7 +6,7 @@ share memory run here anyway. Tolerances are that file's.
 import pytest
 import shared_gpu
 import torch
-from layouts import Case, together
+from layouts import Case, Outcome, together
 from test_parity import train
 from test_parity_gpu import LAYOUTS, close, plainly
 
@@ -28,8 +28,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("layout", crowded + SHARED, ids=str)
 
 
+def once(case: Case) -> Outcome:
+    """One step of a layout."""
+    return together(shared_gpu.run(case.world, train, case, 1, fresh=case.dispatcher == "symmetric"))
+
+
 def test_layout_on_shared_devices_equals_one_process(layout):
-    close(together(shared_gpu.run(layout.world, train, layout, 1)), plainly(layout))
+    plain = plainly(layout)
+    close(once(layout), plain)
 
 
 def test_overlapped_pairs_of_two_ranks_are_the_plain_model_run_after_run():
@@ -37,4 +43,4 @@ def test_overlapped_pairs_of_two_ranks_are_the_plain_model_run_after_run():
     case = SHARED[1]._replace(mtp=0)
     plain = plainly(case)
     for _ in range(3):
-        close(together(shared_gpu.run(case.world, train, case, 1)), plain)
+        close(once(case), plain)
