@@ -33,6 +33,7 @@ def test_three_prices_reproduce_the_five_costs(name):
 def test_every_device_has_a_source_and_more_fp8_than_bf16():
     for row in DEVICES.values():
         assert row.source and row.fp8 == pytest.approx(2 * row.bf16, rel=1e-3) and row.domain > 1
+        assert 3e9 < row.host < 5e9, "a clock in Hz"
 
 
 def test_published_peak_of_the_report():
