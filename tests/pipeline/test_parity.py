@@ -157,7 +157,7 @@ CHOSEN = [
     Case("dualpipev", 1, 2, 2, 1, "none"), Case("dualpipev", 2, 2, 2, 2), Case("dualpipev", 1, 4, 4, 0),
     Case("1f1b", 1, 2, 4, 1),
     Case("dualpipev", 2, 2, 2, 1, dispatcher="symmetric"), Case("dualpipe", 2, 2, 2, 1, dispatcher="symmetric"),
-    Case("1f1b", 1, 2, 4, 2, "full", dispatcher="symmetric"), Case("dualpipev", 1, 4, 4, 0, dispatcher="symmetric"),
+    Case("1f1b", 1, 2, 4, 1, "full", dispatcher="symmetric"),
 ]  # fmt: skip
 
 

@@ -1,8 +1,15 @@
 """Kernels of the exchange between ranks: a whole round of several ranks in one process, beside the references."""
 
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
 import pytest
+import ranks
 import torch
 
+import deepv3.kernels as api
 from deepv3.kernels import exchange as kernels
 from deepv3.kernels.reference import exchange as references
 from deepv3.kernels.reference.routing import routing_tables as tables
@@ -96,3 +103,23 @@ def test_gates_and_choices_are_unpacked_as_the_reference_does(peers, capacity, t
     counts = torch.randint(0, capacity + 1, (peers,)).int()
     ours, theirs = (module.unpack(record, counts, at, torch.float32, top_k, 4, 4) for module in (kernels, references))
     assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(ours, theirs))
+
+
+def _rounds_with_kernels():
+    """Rounds of a dispatcher beside all-to-all's, with the Triton kernels in place of the references."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "model"))
+    from test_symmetric import exchanges
+
+    def wait(flags, number, area, failed, patience):
+        end = time.monotonic() + patience
+        while not bool((flags >> 32 == number).all()) and time.monotonic() < end:
+            time.sleep(1e-4)  # the interpreter's patience is a number of looks
+        return kernels.wait(flags, number, area, failed, 2)
+
+    ours = {name: getattr(kernels, name) for name in ("push", "signal", "take", "places", "unpack")}
+    with mock.patch.multiple(api, wait=wait, **ours):
+        return exchanges(5, 8, width=64)
+
+
+def test_two_ranks_with_interpreted_kernels_exchange_as_all_to_all_does():
+    assert ranks.run(2, _rounds_with_kernels) == [True, True]
