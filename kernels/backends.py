@@ -4,11 +4,11 @@
     backends.force("fp8_mm", "cublas")     from now on this one, without measuring; force("fp8_mm", None) undoes it
     backends.use_file(path)                another file than ~/.cache/deepv3/kernels.json; None keeps nothing
 
-The first call with a new shape runs every implementation on that call's operands: one that raises, or whose result is
-off by more than rounding, is left out and the reason is kept; the fastest is taken. That call waits for the device,
-later ones do not. On other devices than CUDA, while a graph is captured, and when memory is short, the first
-implementation runs and nothing is kept. Implementations differ in the last bits: to repeat a run's bits on another
-machine, take its file along or force one.
+The first call with a new shape (rows of tokens count up to a power of two) runs every implementation on that call's
+operands: one that raises, or whose result is off by more than rounding, is left out and the reason is kept; the fastest
+is taken. That call waits for the device, later ones do not. On other devices than CUDA, while a graph is captured, and
+when memory is short, the first implementation runs and nothing is kept. Implementations differ in the last bits: to
+repeat a run's bits on another machine, take its file along or force one.
 """
 
 import json

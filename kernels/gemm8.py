@@ -83,6 +83,14 @@ def _chosen(op: str, shape: tuple[Any, ...], run: backends.Run, device: torch.de
     return BACKENDS[op][backends.choose(op, shape, BACKENDS[op], unasked(op), run, device)]
 
 
+def _about(rows: int) -> int:
+    """Rows as a choice counts them: up to a power of two, since with natural routing no two calls have as many.
+
+    Exactly where they are not whole tiles of the tensor cores, which an implementation may refuse.
+    """
+    return rows if rows % 16 else triton.next_power_of_2(rows)
+
+
 def _product(op: str, args: tuple[Any, ...], shape: tuple[Any, ...]) -> Tensor:
     return _chosen(op, shape, lambda implementation: implementation(*args), args[0].device)(*args)
 
@@ -93,7 +101,7 @@ def _gradient(op: str, grad: Tensor, args: tuple[Any, ...]) -> None:
         implementation(scratch, *args)
         return scratch
 
-    shape = *grad.shape, args[0].shape[1], "add" if args[-1] else "store"
+    shape = *grad.shape, _about(args[0].shape[1]), "add" if args[-1] else "store"
     _chosen(op, shape, trial, grad.device)(grad, *args)
 
 
@@ -108,7 +116,7 @@ def fp8_mm(
     _check_result(n, dtype)
     if m * n * k == 0:
         return torch.zeros(m, n, dtype=dtype, device=codes.device)
-    return _product("fp8_mm", (codes, scales, weight, weight_scales, None, dtype), (m, n, k, dtype))
+    return _product("fp8_mm", (codes, scales, weight, weight_scales, None, dtype), (_about(m), n, k, dtype))
 
 
 def grouped_fp8_mm(
@@ -130,7 +138,9 @@ def grouped_fp8_mm(
         raise ValueError(f"codes has {m} rows, needed a multiple of 128: take the rows of routing_tables(align=128)")
     if m * n * k * groups == 0:
         return torch.zeros(m, n, dtype=dtype, device=codes.device)
-    return _product("grouped_fp8_mm", (codes, scales, weight, weight_scales, offsets, dtype), (groups, m, n, k, dtype))
+    return _product(
+        "grouped_fp8_mm", (codes, scales, weight, weight_scales, offsets, dtype), (groups, _about(m), n, k, dtype)
+    )
 
 
 def fp8_wgrad_(

@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 import torch
+from inputs import Maker
+from inputs8 import make
 
 from deepv3.kernels import backends, gemm8
 
@@ -147,3 +149,15 @@ def test_gluon_runs_unasked_only_where_it_has_passed(monkeypatch):
         monkeypatch.setattr(gemm8, "GLUON_PASSED", (gemm8.triton.__version__,))
         assert gemm8.unasked(op) == list(table)
         assert any(name.startswith("gluon") for name in gemm8.unasked(op))
+
+
+@pytest.mark.parametrize(("rows", "same"), [((4096, 3968, 2064), True), ((4096, 2048), False), ((4096, 4095), False)])
+def test_numbers_of_rows_that_change_with_every_call_share_a_choice(rows, same, monkeypatch):
+    seen = set()
+    monkeypatch.setattr(backends, "choose", lambda op, shape, *rest: seen.add((op, *shape)) or "nothing")
+    monkeypatch.setattr(gemm8, "BACKENDS", {op: {"nothing": lambda *args: None} for op in gemm8.BACKENDS})
+    for m in rows:
+        gemm8.fp8_mm(*make("fp8_mm", Maker(0, torch.bfloat16, "cpu"), rows=m, n=384, k=256))
+        grad, *operands = make("fp8_wgrad_", Maker(0, torch.bfloat16, "cpu"), rows=m, n=384, k=256)
+        gemm8.fp8_wgrad_(grad, *operands)
+    assert (len(seen) == 2) is same
