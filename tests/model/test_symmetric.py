@@ -118,7 +118,11 @@ def exchanges(seed: int, rounds: int, patience: float = 60.0, width: int = 8, dt
         values = torch.randn(3, count, width, generator=generator).to(grid.device, dtype)
         weights = torch.rand(count, 3, generator=generator).to(grid.device)
         outcomes = [_once(dispatcher, indices, values, weights) for dispatcher in pair]
-        for portable, shared in zip(*outcomes, strict=True):
+        for part, (portable, shared) in enumerate(zip(*outcomes, strict=True)):
+            if part == 3 and portable.is_cuda:  # torch's sum over a row takes another order with another number of rows
+                bound = 1e-5 if dtype == torch.float32 else 2e-2
+                torch.testing.assert_close(portable, shared, rtol=bound, atol=bound)
+                continue
             assert torch.equal(portable, shared), f"round {number}: {portable} is not {shared}"
     return True
 
