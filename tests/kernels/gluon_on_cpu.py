@@ -140,6 +140,8 @@ class Machine:
     def allocate(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
         if layout == "barriers":
             return Shared([Barrier() for _ in range(shape[0])])
+        if dtype == torch.int32:
+            return Shared(torch.full(shape, -1, dtype=dtype))
         garbage = torch.full(shape, 0x7F if dtype == torch.float8_e4m3fn else 0xFF, dtype=torch.uint8)
         return Shared(garbage.view(dtype) if dtype.itemsize == 1 else torch.full(shape, float("nan"), dtype=dtype))
 
@@ -218,7 +220,8 @@ class Machine:
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             arange=lambda start, end, layout: torch.arange(start, end),
             expand_dims=lambda value, axis: value.unsqueeze(axis),
-            sum=lambda value, axis: value.sum(axis),
+            sum=lambda value, axis: value.sum(axis).to(value.dtype),
+            max=lambda value, axis: value.amax(axis),
             static_range=builtins.range,
             load=_load,
             store=_store,
@@ -229,6 +232,7 @@ class Machine:
             NVMMADistributedLayout=lambda **how: None,
             BlockedLayout=lambda *how: None,
             SliceLayout=lambda *how: None,
+            SwizzledSharedLayout=lambda *how: None,
             float32=torch.float32,
             int32=torch.int32,
             int64=torch.int64,

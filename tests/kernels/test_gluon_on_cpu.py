@@ -18,8 +18,16 @@ gluon8_mm = pytest.importorskip("deepv3.kernels.gluon8_mm", reason=f"Gluon of Tr
 
 PROGRAMS = 3
 Tile = gluon8_mm.Tile
-TILES = [Tile(128, 4), Tile(128, 2), Tile(192, 3), Tile(192, 2)]  # fewer stages than steps and more
-ENDS = {"first empty": [0, 128, 384], "last empty": [256, 384, 384], "all empty": [0, 0, 0], "full": [128, 128, 512]}
+# Fewer stages than steps and more, of every tile.
+TILES = [Tile(2, 128, 4), Tile(2, 192, 3), Tile(3, 128, 2), Tile(2, 128, 2), Tile(2, 192, 2), Tile(3, 128, 4)]
+# Tiles of 192 rows that end with a group, reach into the next one, and into rows of nobody.
+ENDS = {
+    "first empty": [0, 128, 384],
+    "last empty": [256, 384, 384],
+    "all empty": [0, 0, 0],
+    "full": [128, 128, 512],
+    "three in two tiles": [384, 512, 512],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +55,8 @@ def test_a_descriptor_is_made_once_per_address_and_shape_and_keeps_no_memory(mon
 def test_stages_and_result_fill_shared_memory_and_no_more(tile):
     for dtype in (torch.bfloat16, torch.float32):
         stages = tile.fitting(dtype)
-        used = stages * ((128 + tile.n) * 128 + 512) + 128 * tile.n * dtype.itemsize
-        assert 2 <= stages <= tile.stages and used <= 232_448 - 1024
+        used = stages * ((tile.m + tile.n) * 128 + 512) + tile.m * tile.n * dtype.itemsize
+        assert 2 <= stages <= tile.stages and used <= 232_448 - 2048
     assert tile.fitting(torch.bfloat16) == tile.stages
 
 
@@ -61,7 +69,7 @@ def test_product_of_any_shape(rows, n, k, tile):
     assert relative_norm(out, kernels.fp8_mm.__wrapped__(*operands, torch.float32)) <= 1e-6
 
 
-@pytest.mark.parametrize("tile", TILES[::2], ids=str)
+@pytest.mark.parametrize("tile", TILES[:3], ids=str)
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
 def test_grouped_product_of_uneven_experts(ends, tile):
     *operands, offsets, _ = make("grouped_fp8_mm", Maker(2, torch.float32), ends=ends, rows=512, n=272, k=400)
@@ -71,28 +79,29 @@ def test_grouped_product_of_uneven_experts(ends, tile):
     assert (out[ends[-1] :] == 0).all()
 
 
-def test_rows_of_nobody_are_zero_whatever_they_hold():
+@pytest.mark.parametrize("tile", TILES[1:3], ids=str)
+def test_rows_of_nobody_are_zero_whatever_they_hold(tile):
     *operands, offsets, _ = make("grouped_fp8_mm", Maker(3, torch.float32), ends=[128], rows=256, n=272, k=400)
     operands[0].view(torch.uint8)[128:] = 0x7F  # NaN
     out = torch.full((256, 272), float("nan"))
-    gluon8_mm.launch_mm(out, *operands, offsets, TILES[2])
+    gluon8_mm.launch_mm(out, *operands, offsets, tile)
     assert (out[128:] == 0).all() and out[:128].isfinite().all()
 
 
 RETURN = "    mbarrier.arrive(empty.index(before), count=1)\n"
-SEND = "        _send(outs, totals, staging, row, cols, HALF)\n"
+SEND = "        _send(outs, totals, staging, row, end, cols, PART)\n"
 POINTERS = "        scales_ptr = weight_scales_ptr + group * group_stride\n"
 MISTAKES = {
     "the producer waits for a stage nobody has used": {"stage, phase = 0, 1": "stage, phase = 0, 0"},
-    "one consumer keeps its stages": {RETURN: "    if HALF == 0:\n    " + RETURN},
+    "one consumer keeps its stages": {RETURN: "    if PART == 0:\n    " + RETURN},
     "a stage is handed back before it is read": {"empty.index(before)": "empty.index(stage)"},
     "before the first step a stage is handed back": {"at = (STAGES, 0, 0)": "at = (STAGES - 1, 0, 0)"},
     "the stage after the last never comes": {"mbarrier.arrive(full.index(stage), count=1)": "pass"},
-    "fewer bytes are announced than come": {"(128 + N) * 128 + 128 * 4": "(128 + N) * 128"},
+    "fewer bytes are announced than come": {" + scales.block_shape[0] * 4": ""},
     "a part is added that is still multiplied": {"warpgroup_mma_wait(LATER": "warpgroup_mma_wait(1"},
     "a tile is overwritten while it leaves": {"    tma.store_wait(0)\n    gl": "    gl"},
     "a tile is sent to the next one's place": {SEND: "", POINTERS: SEND + POINTERS},
-    "a tile begins with the sums of the last": {"HALF, STAGES, True)": "HALF, STAGES, False)"},
+    "a tile begins with the sums of the last": {"PART, STAGES, True)": "PART, STAGES, False)"},
     "a step's scales are used for the next": {"gl.minimum(step + 1, steps - 1)": "step"},
     "parts of odd tiles lie across blocks of scales": {
         "(col + odd * 64, col + (1 - odd) * 128)": "(col + odd * 0, col + 128)"
@@ -112,8 +121,34 @@ def test_a_mistake_in_the_protocol_is_found(mistake, kernel_on_cpu, monkeypatch)
     out = torch.full((512, 384), float("nan"))
     expected = kernels.fp8_mm.__wrapped__(*operands, torch.float32)
     with pytest.raises(AssertionError):
-        gluon8_mm.launch_mm(out, *operands, None, Tile(192, 2))
+        gluon8_mm.launch_mm(out, *operands, None, Tile(2, 192, 2))
         assert relative_norm(out, expected) <= 1e-6
+
+
+GROUPED_MISTAKES = {
+    "rows of the next group are written": {
+        "    if row + PART * 64 < end:\n": "    if row + PART * 64 < (end + 64) // 128 * 128 + 64:\n"
+    },
+    "a group's last tile is forgotten": {"gl.cdiv(end - start, M)": "(end - start) // M"},
+    "a group's tiles are counted from the first one": {"(tile_m - before)": "tile_m"},
+    "a group's rows begin where its tiles would if it were alone": {
+        "        row = start": "        row = start // 192 * 192"
+    },
+}
+
+
+@pytest.mark.parametrize("mistake", GROUPED_MISTAKES)
+def test_a_mistake_in_finding_a_groups_rows_is_found(mistake, kernel_on_cpu):
+    kernel = kernel_on_cpu
+    assert all(any(old in source for source in kernel.sources.values()) for old in GROUPED_MISTAKES[mistake])
+    shape = {"ends": [128, 512, 640], "rows": 768, "n": 144, "k": 128}
+    *operands, offsets, _ = make("grouped_fp8_mm", Maker(6, torch.float32), **shape)
+    expected = kernels.grouped_fp8_mm.__wrapped__(*operands, offsets, torch.float32)
+    outs = [torch.full((768, 144), float("nan")) for _ in range(2)]
+    gluon8_mm.launch_mm(outs[0], *operands, offsets, Tile(3, 128, 2))
+    kernel.edits = GROUPED_MISTAKES[mistake]
+    gluon8_mm.launch_mm(outs[1], *operands, offsets, Tile(3, 128, 2))
+    assert relative_norm(outs[0], expected) <= 1e-6 < relative_norm(outs[1], expected)
 
 
 def operands(groups: int, rows: int, n: int, k: int, dtype: torch.dtype) -> list[torch.Tensor | None]:
@@ -143,16 +178,17 @@ def test_machine_code_has_nothing_between_products_that_could_be_behind_them(
     (kernel,) = built
     parts = 1 if tile.n == 128 else 2
     assert kernel.spills == 0 and kernel.shared <= 232_448
-    assert kernel.count(r"USETMAXREG\.DEALLOC\.CTAPOOL 0x28") >= 1
-    assert kernel.count(r"USETMAXREG\.\S+ (UP0, )?0xe8") >= 2
-    # Two consumers with a tile's first step and the loop over the others each; a part's last product is waited for.
-    assert kernel.count(r"QGMMA\.64x128x32\.F32\.E4M3\.E4M3") == 16
-    assert kernel.count(r"QGMMA\.64x64x32\.F32\.E4M3\.E4M3") == 16 * (parts - 1)
-    assert kernel.count(r"QGMMA[^\n]*gsb0") == 4 * parts, "the compiler waits for every product by itself"
-    assert kernel.count("UTMALDG") == 2 + parts
-    assert kernel.count("R2UR") <= 40, "what all lanes share is in registers of every lane"
+    producer, consumer = {2: ("28", "e8"), 3: ("18", "a0")}[tile.consumers]
+    assert kernel.count(rf"USETMAXREG\.DEALLOC\.CTAPOOL 0x{producer}") >= 1
+    assert kernel.count(rf"USETMAXREG\.\S+ (UP0, )?0x{consumer}") >= 2
+    # Consumers with a tile's first step and the loop over the others each; a part's last product is waited for.
+    assert kernel.count(r"QGMMA\.64x128x32\.F32\.E4M3\.E4M3") == 8 * tile.consumers
+    assert kernel.count(r"QGMMA\.64x64x32\.F32\.E4M3\.E4M3") == 8 * tile.consumers * (parts - 1)
+    assert kernel.count(r"QGMMA[^\n]*gsb0") == 2 * tile.consumers * parts, "each product is waited for by itself"
+    assert kernel.count("UTMALDG") == tile.consumers + 1 + parts
+    assert kernel.count("R2UR") <= 20 * tile.consumers, "what all lanes share is in registers of every lane"
     # A step: products, all warps meet, the stage before goes back, 128 columns are added, the next stage is looked for.
     added = r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1 (.|\n)*?FFMA(.|\n)*?" if parts == 2 else ""
     order = rf"gsb0 ;(.|\n)*?BAR\.SYNC(.|\n)*?SYNCS\.ARRIVE(.|\n)*?{added}PHASECHK(.|\n)*?DEPBAR\.LE gsb0, 0x0"
-    assert kernel.count(order) >= 2
-    assert kernel.count(r"gsb0 ;(.|\n)*?ST[SM]+\.(.|\n)*?UTMASTG(.|\n)*?WARPGROUP\.DEPBAR") >= 2
+    assert kernel.count(order) >= tile.consumers
+    assert kernel.count(r"gsb0 ;(.|\n)*?ST[SM]+\.(.|\n)*?UTMASTG(.|\n)*?WARPGROUP\.DEPBAR") >= tile.consumers
