@@ -20,7 +20,8 @@ from deepv3.kernels.routing import strip_tile
 from deepv3.kernels.turn import column_words, four, from_word, store_columns, turn_codes, turned_rows
 
 ROWS, COLS, STRIP = 16, 1024, 1  # of permute_fp8: a tile, and the column tiles that are gathered side by side
-WARPS, BLOCKS = 8, 8  # of requantise: a program's warps, and the column blocks that are gathered side by side
+WARPS, BLOCKS = 4, 8  # of requantise: a program's warps, and the column blocks that are read side by side
+GATHERED_WARPS, GATHERED_BLOCKS = 8, 1  # the same where rows are gathered
 
 
 @triton.jit
@@ -80,8 +81,8 @@ def _requantise_kernel(
     scale0, scale1, scale2, scale3 = four(tl.load(scales_ptr + block * scale_stride + rows, mask=inside, other=0.0))
     into = column_words(out_ptr, row_block, cols, code_stride)
     v0, v1, v2, v3 = from_word(turn_codes(codes, into, n_rows < 0))
-    v0, v1, v2, v3 = v0 * scale0, v1 * scale1, v2 * scale2, v3 * scale3
-    store_columns(into, out_scales_ptr, v0, v1, v2, v3, row_block, cols, n_cols, POW2)
+    low, high = (v0 * scale0, v1 * scale1), (v2 * scale2, v3 * scale3)
+    store_columns(into, out_scales_ptr, low, high, row_block, cols, n_cols, tl.float32, POW2)
 
 
 @triton.jit
@@ -127,6 +128,7 @@ def requantise(
         check("token_of_slot", token_of_slot, (None,), INT32, codes.device)
         rows = token_of_slot.shape[0]
     out, out_scales = empty_columns(rows, k, codes.device)
+    blocks, warps = (BLOCKS, WARPS) if token_of_slot is None else (GATHERED_BLOCKS, GATHERED_WARPS)
     if out.numel():
         _requantise_kernel[(triton.cdiv(rows, BLOCK) * triton.cdiv(k, BLOCK),)](
             codes,
@@ -140,7 +142,7 @@ def requantise(
             out.shape[1],
             GATHER=token_of_slot is not None,
             POW2=pow2,
-            STRIP=BLOCKS,
-            num_warps=WARPS,
+            STRIP=blocks,
+            num_warps=warps,
         )
     return out, out_scales

@@ -14,7 +14,7 @@ from torch import Tensor
 from deepv3.kernels.casts import INTERPRETED, special
 from deepv3.kernels.checks import ACTIVATIONS, check
 
-COLS = 16384
+COLS = 32768
 WARPS = 32
 IGNORED = tl.constexpr(-100)
 
@@ -109,7 +109,9 @@ def _run(logits: Tensor, labels: Tensor, scale: float, gradient: bool) -> Tensor
         raise ValueError("logits has no columns, needed at least one")
     loss = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
     if n_rows:
-        cols = min(COLS, max(1024, triton.next_power_of_2(n_cols)))
+        # Rows that do not begin at multiples of 16 are read a number at a time: fewer of them, or addresses spill.
+        most = COLS if n_cols % 16 == 0 and logits.stride(0) % 16 == 0 else COLS // 4
+        cols = min(most, max(1024, triton.next_power_of_2(n_cols)))
         warps = max(4, min(WARPS, cols // 512))
         _cross_entropy_kernel[(n_rows,)](
             logits,

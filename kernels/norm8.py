@@ -15,7 +15,7 @@ from deepv3.kernels.checks import FP32, check, check_width
 from deepv3.kernels.norm import check_norm, rows_shape, summed_and_rstd
 from deepv3.kernels.quantise import empty_columns, empty_rows
 from deepv3.kernels.reference.quantise import BLOCK
-from deepv3.kernels.turn import column_words, four, rounded, store_columns, turn_values, turned_rows
+from deepv3.kernels.turn import column_words, four, numbers, store_columns, turn_values, turned_rows, two
 
 COLUMNS, COLUMNS_WARPS, COLUMNS_REGISTERS = 64, 4, 96  # of a program that quantises by columns: five share a processor
 
@@ -94,17 +94,21 @@ def _columns_kernel(
     cols = tl.program_id(0) % tiles * COLS + tl.arange(0, COLS)
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + cols[None, :], mask=mask, other=0.0)
-    into = column_words(words_ptr, row_block, cols, code_stride)
-    v0, v1, v2, v3 = turn_values(x, into, n_rows < 0)
+    # All loads before the turn: none is moved up past its barriers.
     rows = row_block * 128 + tl.arange(0, 128)
-    rstd0, rstd1, rstd2, rstd3 = four(tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0))
+    rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
     weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[:, None]
-    # -0 added changes nothing, +0 beyond the last row mends the -0 of a negative weight.
-    zero0, zero1, zero2, zero3 = four(tl.where(rows < n_rows, -0.0, 0.0))
-    FORMAT: tl.constexpr = x_ptr.dtype.element_ty
-    v0, v1 = rounded(v0 * rstd0 * weight + zero0, v1 * rstd1 * weight + zero1, FORMAT)
-    v2, v3 = rounded(v2 * rstd2 * weight + zero2, v3 * rstd3 * weight + zero3, FORMAT)
-    store_columns(into, scales_ptr, v0, v1, v2, v3, row_block, cols, n_cols, POW2)
+    into = column_words(words_ptr, row_block, cols, code_stride)
+    low, high = turn_values(x, into, n_rows < 0)
+    rstd0, rstd1, rstd2, rstd3 = four(rstd)
+    # -0 added changes nothing, +0 beyond the last row mends the -0 of a negative weight. As integers: Triton takes the
+    # literal -0.0 for 0.0.
+    zero0, zero1, zero2, zero3 = four(tl.where(rows < n_rows, -(2**31), 0).to(tl.float32, bitcast=True))
+    v0, v1 = numbers(low, x.dtype)
+    v2, v3 = numbers(high, x.dtype)
+    low = two(v0 * rstd0 * weight + zero0, v1 * rstd1 * weight + zero1, x.dtype)
+    high = two(v2 * rstd2 * weight + zero2, v3 * rstd3 * weight + zero3, x.dtype)
+    store_columns(into, scales_ptr, low, high, row_block, cols, n_cols, x.dtype, POW2)
 
 
 def rmsnorm_fp8(

@@ -24,7 +24,7 @@ from deepv3.kernels.reference.quantise import BLOCK, E4M3, block_scales, round_u
 from deepv3.kernels.turn import column_words, store_columns, turn_numbers, turn_values, turned_rows
 
 ROWS = 32  # of a program that quantises by rows
-ROWS_WARPS = 4
+ROWS_WARPS = 8
 TWO_PROGRAMS = 128  # registers a lane, with which two programs of 8 warps share a processor: one loads, one computes
 COLUMNS, COLUMNS_WARPS, COLUMNS_REGISTERS = 64, 4, 80  # of a program that quantises by columns: six share a processor
 BOTH_WARPS, BOTH_REGISTERS = 8, TWO_PROGRAMS
@@ -68,8 +68,8 @@ def _columns_kernel(
     if BOTH:  # COLS is 128
         store_rows(codes_ptr, scales_ptr, x.to(tl.float32), rows, tile, n_rows, n_cols, scale_stride, POW2)
     into = column_words(codes_t_ptr, row_block, cols, code_stride)
-    v0, v1, v2, v3 = turn_values(x, into, n_rows < 0)
-    store_columns(into, scales_t_ptr, v0, v1, v2, v3, row_block, cols, n_cols, POW2)
+    low, high = turn_values(x, into, n_rows < 0)
+    store_columns(into, scales_t_ptr, low, high, row_block, cols, n_cols, x.dtype, POW2)
 
 
 @triton.jit

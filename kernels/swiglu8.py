@@ -4,7 +4,7 @@
   blocks from one read.
 - backward, rows: programs of 16 rows walk along the outputs, 128 at a time; dh in rows, and the gate's gradient in
   registers until the row's end.
-- backward, columns: tiles of 128 rows x 64 outputs; dh and the output once more, in columns. The inputs are turned, two
+- backward, columns: tiles of 128 rows x 32 outputs; dh and the output once more, in columns. The inputs are turned, two
   tiles of codes and one of BF16, and the results made where they are written.
 Given up: backward reads its inputs twice (4 bytes beside 9 a value). One kernel for rows and columns needs three tiles
 of 128 x 128 in registers at once, and spills.
@@ -18,21 +18,24 @@ from torch import Tensor
 from deepv3.kernels.activation import check_gated, swiglu_gradient, swiglu_output
 from deepv3.kernels.casts import from_e4m3, store_rows
 from deepv3.kernels.checks import ACTIVATIONS, E4M3, FP32, check, check_rows8
-from deepv3.kernels.quantise import TWO_PROGRAMS, empty_columns, empty_rows
+from deepv3.kernels.quantise import empty_columns, empty_rows
 from deepv3.kernels.reference.quantise import BLOCK
 from deepv3.kernels.turn import (
     column_words,
     four,
     from_word,
+    numbers,
     rounded,
     store_columns,
     turn_codes,
     turn_values,
     turned_rows,
+    two,
 )
 
-FORWARD_ROWS, BACKWARD_ROWS, COLUMNS = 16, 16, 64
-ROWS_WARPS, COLUMNS_WARPS = 4, 8
+FORWARD_ROWS, BACKWARD_ROWS = 16, 16
+ROWS_WARPS = 4
+COLUMNS, COLUMNS_WARPS, COLUMNS_REGISTERS = 32, 4, 128  # of a program by columns: four share a processor
 STAGES = 3  # of the loads of a program that walks along the outputs
 
 
@@ -148,11 +151,9 @@ def _backward_columns_kernel(
     rows = row_block * 128 + turned_rows()
     inside = (rows < n_rows)[:, None]
     address = rows.to(tl.int64)[:, None] * h_cols + tl.max_contiguous(cols, 8)[None, :]
-    gates = turn_codes(tl.load(h_ptr + address, mask=inside, other=0.0), into_gate, never)
-    ups = turn_codes(tl.load(h_ptr + address + n_cols, mask=inside, other=0.0), into_up, never)
+    gates = tl.load(h_ptr + address, mask=inside, other=0.0)
+    ups = tl.load(h_ptr + address + n_cols, mask=inside, other=0.0)
     dy = tl.load(dy_ptr + rows.to(tl.int64)[:, None] * n_cols + cols[None, :], mask=inside, other=0.0)
-    dy0, dy1, dy2, dy3 = turn_values(dy, into_y, never)
-
     rows = row_block * 128 + tl.arange(0, 128)
     scale_ptrs = h_scales_ptr + first // 128 * scale_stride + rows
     gate_scale = tl.load(scale_ptrs, mask=rows < n_rows, other=0.0)
@@ -160,25 +161,30 @@ def _backward_columns_kernel(
     weight = tl.full((128,), 1.0, dtype=tl.float32)
     if WEIGHT:
         weight = tl.load(weight_ptr + rows, mask=rows < n_rows, other=0.0)
+    # All loads before the first turn: none is moved up past its barriers.
+    gates, ups = turn_codes(gates, into_gate, never), turn_codes(ups, into_up, never)
+    dy_low, dy_high = turn_values(dy, into_y, never)
     gate_scale0, gate_scale1, gate_scale2, gate_scale3 = four(gate_scale)
     up_scale0, up_scale1, up_scale2, up_scale3 = four(up_scale)
     weight0, weight1, weight2, weight3 = four(weight)
     gate0, gate1, gate2, gate3 = from_word(gates)
     up0, up1, up2, up3 = from_word(ups)
-    FORMAT: tl.constexpr = dy.dtype
+    dtype: tl.constexpr = dy.dtype
+    dy0, dy1 = numbers(dy_low, dtype)
     gate0, up0, y0 = swiglu_gradient(dy0, gate0 * gate_scale0, up0 * up_scale0, weight0)
     gate1, up1, y1 = swiglu_gradient(dy1, gate1 * gate_scale1, up1 * up_scale1, weight1)
-    y0, y1 = rounded(y0 * weight0, y1 * weight1, FORMAT)
-    gate0, gate1 = rounded(gate0, gate1, FORMAT)
-    up0, up1 = rounded(up0, up1, FORMAT)
+    y_low, gate_low, up_low = two(y0 * weight0, y1 * weight1, dtype), two(gate0, gate1, dtype), two(up0, up1, dtype)
+    dy2, dy3 = numbers(dy_high, dtype)
     gate2, up2, y2 = swiglu_gradient(dy2, gate2 * gate_scale2, up2 * up_scale2, weight2)
     gate3, up3, y3 = swiglu_gradient(dy3, gate3 * gate_scale3, up3 * up_scale3, weight3)
-    y2, y3 = rounded(y2 * weight2, y3 * weight3, FORMAT)
-    gate2, gate3 = rounded(gate2, gate3, FORMAT)
-    up2, up3 = rounded(up2, up3, FORMAT)
-    store_columns(into_y, y_scales_ptr, y0, y1, y2, y3, row_block, cols, n_cols, POW2)
-    store_columns(into_gate, dh_scales_ptr, gate0, gate1, gate2, gate3, row_block, cols, h_cols, POW2)
-    store_columns(into_up, dh_scales_ptr, up0, up1, up2, up3, row_block, cols + n_cols, h_cols, POW2)
+    y_high, gate_high, up_high = (
+        two(y2 * weight2, y3 * weight3, dtype),
+        two(gate2, gate3, dtype),
+        two(up2, up3, dtype),
+    )
+    store_columns(into_y, y_scales_ptr, y_low, y_high, row_block, cols, n_cols, dtype, POW2)
+    store_columns(into_gate, dh_scales_ptr, gate_low, gate_high, row_block, cols, h_cols, dtype, POW2)
+    store_columns(into_up, dh_scales_ptr, up_low, up_high, row_block, cols + n_cols, h_cols, dtype, POW2)
 
 
 def swiglu_fp8(
@@ -250,7 +256,7 @@ def swiglu_fp8_backward(
             POW2=pow2,
             COLS=COLUMNS,
             num_warps=COLUMNS_WARPS,
-            maxnreg=TWO_PROGRAMS,
+            maxnreg=COLUMNS_REGISTERS,
         )
     return *rows, *columns, *y, dweight
 

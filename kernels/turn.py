@@ -93,12 +93,48 @@ def to_pair(low, high):
 
 
 @triton.jit
-def rounded(a, b, dtype: tl.constexpr):
-    """Two FP32 tensors rounded to BF16 and back; the same where dtype is FP32."""
+def two(a, b, dtype: tl.constexpr):
+    """Two FP32 tensors rounded to BF16, as int32 of both; as they are where dtype is FP32."""
     if dtype == tl.bfloat16:
-        return halves(to_pair(a, b))
+        return to_pair(a, b)
     else:
         return a, b
+
+
+@triton.jit
+def numbers(pair, dtype: tl.constexpr):
+    """The two FP32 tensors of which this is `two`, as rounded."""
+    if dtype == tl.bfloat16:
+        return halves(pair)
+    else:
+        return pair
+
+
+@triton.jit
+def rounded(a, b, dtype: tl.constexpr):
+    """Two FP32 tensors rounded to BF16 and back; the same where dtype is FP32."""
+    return numbers(two(a, b, dtype), dtype)
+
+
+@triton.jit
+def _larger(a, b):
+    """Per half of two int32, the BF16 number of larger magnitude with any sign, NaN the smaller; no interpreter's."""
+    return tl.inline_asm_elementwise(
+        "max.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _largest(low, high, dtype: tl.constexpr):
+    """FP32 [COLS, 1]: the largest magnitudes along the rows of two `two` [COLS, 32]."""
+    if dtype == tl.bfloat16 and not INTERPRETED:  # two numbers an instruction
+        v0, v1 = halves(tl.reduce(_larger(low, high), 1, _larger, keep_dims=True))
+        return tl.maximum(tl.abs(v0), tl.abs(v1))
+    else:
+        v0, v1 = numbers(low, dtype)
+        v2, v3 = numbers(high, dtype)
+        most = tl.maximum(tl.maximum(magnitude(v0), magnitude(v1)), tl.maximum(magnitude(v2), magnitude(v3)))
+        return tl.max(most, axis=1, keep_dims=True)
 
 
 @triton.jit
@@ -122,14 +158,13 @@ def turn_codes(codes, into_ptr, never):
 
 @triton.jit
 def turn_values(x, into_ptr, never):
-    """BF16 or FP32 [128 `turned_rows`, COLS] as four FP32 [COLS, 32]: rows 4 i, 4 i + 1, 4 i + 2, 4 i + 3."""
+    """BF16 or FP32 [128 `turned_rows`, COLS] as `two`s [COLS, 32]: of rows 4 i and 4 i + 1, of 4 i + 2 and 4 i + 3."""
     row0, row1, row2, row3 = _four_rows(x)
     if x.dtype == tl.bfloat16:
-        v0, v1 = halves(_settled(tl.trans(pair(row0, row1)), into_ptr, never))
-        v2, v3 = halves(_settled(tl.trans(pair(row2, row3)), into_ptr, never))
-        return v0, v1, v2, v3
+        low = _settled(tl.trans(pair(row0, row1)), into_ptr, never)
+        return low, _settled(tl.trans(pair(row2, row3)), into_ptr, never)
     else:
-        return tl.trans(row0), tl.trans(row1), tl.trans(row2), tl.trans(row3)
+        return (tl.trans(row0), tl.trans(row1)), (tl.trans(row2), tl.trans(row3))
 
 
 @triton.jit
@@ -214,10 +249,11 @@ def column_words(words_ptr, row_block, cols, code_stride):
 
 
 @triton.jit
-def store_columns(into_ptr, scales_ptr, v0, v1, v2, v3, row_block, cols, n_cols, POW2: tl.constexpr):
-    """Quantise four FP32 [COLS, 32], rows as `four` gives them, along the rows; into_ptr: `column_words`."""
-    high = tl.maximum(tl.maximum(magnitude(v0), magnitude(v1)), tl.maximum(magnitude(v2), magnitude(v3)))
-    scale, inverse = scale_of(tl.max(high, axis=1, keep_dims=True), POW2, E4M3_MAX)
+def store_columns(into_ptr, scales_ptr, low, high, row_block, cols, n_cols, dtype: tl.constexpr, POW2: tl.constexpr):
+    """Quantise along the rows `two`s [COLS, 32], rows as `turn_values` gives them; into_ptr: `column_words`."""
+    scale, inverse = scale_of(_largest(low, high, dtype), POW2, E4M3_MAX)
+    v0, v1 = numbers(low, dtype)
+    v2, v3 = numbers(high, dtype)
     inside = cols < n_cols
     words = to_word(v0 * inverse, v1 * inverse, v2 * inverse, v3 * inverse)
     tl.store(into_ptr, words, mask=inside[:, None])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from inputs import Maker, kernel
-from inputs8 import assert_same, hard_values, make, same_bits
+from inputs8 import assert_same, bits, hard_values, make, same_bits
 
 import deepv3.kernels as kernels
 from deepv3.kernels import routing, triton8
@@ -127,6 +127,17 @@ def test_norm_with_quantisation_equals_norm_then_quantisation():
         assert_same(kernel("rmsnorm_fp8")(x, weight, eps, residual, pow2, output), expected, "rmsnorm_fp8")
         again = kernel("rmsnorm_fp8_columns")(summed, weight, rstd, pow2)
         assert_same(again, kernel("quantise_columns")(y, pow2), "rmsnorm_fp8_columns")
+
+
+def test_zeros_of_a_norm_keep_the_signs_of_its_weight():
+    """x + residual is often exactly 0; times a negative weight it is -0, with code 0x80. Beyond the rows all is +0."""
+    m = Maker(8, torch.float32)
+    x, weight = m.normal(21, 272), m.normal(272)
+    x[::3, ::2] = 0.0
+    y, rstd, _ = kernel("rmsnorm")(x, weight, 1e-6)
+    codes, scales = kernel("rmsnorm_fp8_columns")(x, weight, rstd)
+    assert_same((codes, scales), kernel("quantise_columns")(y), "rmsnorm_fp8_columns")
+    assert (bits(codes) == 0x80).any() and not bits(codes)[:, 21:].any()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
