@@ -7,7 +7,9 @@ a tile each. Of a step, only what needs the products lies behind them:
    wait for the next stage; three consumers lack the registers and load scales last, while two others multiply;
 2. wait for the products, scale and add.
 Results leave through shared memory in chunks of 32 columns while the next tile is multiplied. To add to what is there
-is the memory's work too (reduction by TMA): every element is added once, so the same bits come out every time.
+is the memory's work too (reduction by TMA): every element is added once, so the same bits come out every time. Where a
+group has few rows, memory is all that counts: a tile without chunks asks for what is there before its first products,
+adds it in registers, and writes from there.
 """
 
 from typing import NamedTuple
@@ -33,7 +35,10 @@ N = 128  # columns of a tile
 
 
 class WgradTile(NamedTuple):
-    """Consumers of 64 rows each, stages of the ring, chunks of results a consumer may have on their way out."""
+    """Consumers of 64 rows each, stages of the ring, chunks of results a consumer may have on their way out.
+
+    Without chunks, results leave from registers: two consumers only, three lack the registers.
+    """
 
     consumers: int
     stages: int
@@ -41,10 +46,11 @@ class WgradTile(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"gluon {64 * self.consumers}x{N}, {self.stages} stages"
+        leaves = "" if self.chunks else ", from registers"
+        return f"gluon {64 * self.consumers}x{N}, {self.stages} stages{leaves}"
 
 
-WGRAD_TILES = [WgradTile(2, 5, 3), WgradTile(2, 4, 4), WgradTile(3, 4, 2)]
+WGRAD_TILES = [WgradTile(3, 4, 2), WgradTile(2, 4, 4), WgradTile(2, 6, 0)]
 
 
 @builtin
@@ -149,12 +155,29 @@ def _send(
 
 
 @gluon.jit
+def _send_all(out, group, row, col, total, c, PART: gl.constexpr, CHUNKS: gl.constexpr, ACCUMULATE: gl.constexpr):
+    """A consumer's results, 32 columns by 32."""
+    even, odd = gl.split(gl.permute(gl.reshape(total, (64, 2, 2, 32)), (0, 3, 1, 2)))
+    zeroth, second = gl.split(even)
+    first, third = gl.split(odd)
+    quarters = (zeroth, first, second, third)
+    for i in gl.static_range(0, 4, CHUNKS):
+        _send(out, group, row, col, quarters, c, i, PART, CHUNKS, ACCUMULATE)
+
+
+@gluon.jit
+def _elements(group, row, col, sizes, MMA: gl.constexpr):
+    """(places in the gradient, whether they are in it) of a consumer's results."""
+    n_out, n_in, _, _ = sizes
+    rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
+    cols = col + gl.arange(0, 128, layout=gl.SliceLayout(0, MMA))
+    inside = gl.expand_dims(rows < n_out, 1) & gl.expand_dims(cols < n_in, 0)
+    return gl.expand_dims((group.to(gl.int64) * n_out + rows) * n_in, 1) + gl.expand_dims(cols, 0), inside
+
+
+@gluon.jit
 def _wgrad_consumer(
-    out,
-    offsets_ptr,
-    sizes,
-    stages,
-    c,
+    to,
     PART: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -163,14 +186,20 @@ def _wgrad_consumer(
     ACCUMULATE: gl.constexpr,
     BAND: gl.constexpr,
 ):
+    out, grad_ptr, offsets_ptr, sizes, stages, c = to
     n_out, _, _, tiles = sizes
     a, b, s, t, full, empty = stages
+    SCALES_BEHIND: gl.constexpr = CONSUMERS == 2 and CHUNKS > 0  # there are registers for them
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     stage, phase, before = 0, 0, -1
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         group, row, col, start, end = _wgrad_tile(tile, offsets_ptr, sizes, CONSUMERS, GROUPED, BAND)
         row += PART * 64
         total = gl.zeros((64, 128), gl.float32, MMA)
+        if CHUNKS == 0:
+            places, inside = _elements(group, row, col, sizes, MMA)
+            if ACCUMULATE:
+                there = gl.load(grad_ptr + places, mask=inside & (start < end), other=0.0)
         mbarrier.wait(full.index(stage), phase, pred=start < end)
         for first in range(start, end, 128):
             mine = stage * CONSUMERS + PART
@@ -178,22 +207,22 @@ def _wgrad_consumer(
             part = warpgroup_mma(a.index(mine), b.index(stage).permute((1, 0)), fresh, use_acc=False, is_async=True)
             gl.thread_barrier()  # all warps have read the stage before, and the products are issued before what follows
             mbarrier.arrive(empty.index(gl.maximum(before, 0)), count=1, pred=before >= 0)
-            if CONSUMERS == 2:
+            if SCALES_BEHIND:
                 scale = _scales(s.index(mine), t.index(stage), MMA)
             following, following_phase = next_stage(stage, phase, STAGES)
             mbarrier.wait(full.index(following), following_phase, pred=first + 128 < end)
             part = warpgroup_mma_wait(0, deps=(part,))
-            if CONSUMERS != 2:
+            if not SCALES_BEHIND:
                 scale = _scales(s.index(mine), t.index(stage), MMA)
             total += part * scale
             before, stage, phase = stage, following, following_phase
         if (not ACCUMULATE or end > start) and row < n_out:
-            even, odd = gl.split(gl.permute(gl.reshape(total, (64, 2, 2, 32)), (0, 3, 1, 2)))
-            zeroth, second = gl.split(even)
-            first_, third = gl.split(odd)
-            quarters = (zeroth, first_, second, third)
-            for i in gl.static_range(0, 4, CHUNKS):
-                _send(out, group, row, col, quarters, c, i, PART, CHUNKS, ACCUMULATE)
+            if CHUNKS > 0:
+                _send_all(out, group, row, col, total, c, PART, CHUNKS, ACCUMULATE)
+            else:
+                if ACCUMULATE:
+                    total += there
+                gl.store(grad_ptr + places, total, mask=inside)
     tma.store_wait(0)
 
 
@@ -204,6 +233,7 @@ def wgrad_kernel(
     dy_scales,
     x_scales,
     out,
+    grad_ptr,
     offsets_ptr,
     n_out,
     n_in,
@@ -220,17 +250,18 @@ def wgrad_kernel(
     b = gl.allocate_shared_memory(x.dtype, [STAGES, 128, 128], x.layout)
     s = gl.allocate_shared_memory(gl.float32, [STAGES * CONSUMERS, 64], dy_scales.layout)
     t = gl.allocate_shared_memory(gl.float32, [STAGES, 128], x_scales.layout)
-    c = gl.allocate_shared_memory(gl.float32, [CONSUMERS * CHUNKS, 1, 64, 32], out.layout)
+    c = t if CHUNKS == 0 else gl.allocate_shared_memory(gl.float32, [CONSUMERS * CHUNKS, 1, 64, 32], out.layout)
     full, empty = _barriers(STAGES, CONSUMERS)
     operands = (dy, x, dy_scales, x_scales)
     sizes = (n_out, n_in, n_rows, tiles)
-    to = (a, b, s, t, full, empty)
+    stages = (a, b, s, t, full, empty)
+    to = (out, grad_ptr, offsets_ptr, sizes, stages, c)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_wgrad_consumer, (out, offsets_ptr, sizes, to, c, 0, 2, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
-                (_wgrad_consumer, (out, offsets_ptr, sizes, to, c, 1, 2, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
-                (_wgrad_producer, (operands, offsets_ptr, sizes, to, 2, STAGES, GROUPED, BAND)),
+                (_wgrad_consumer, (to, 0, 2, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
+                (_wgrad_consumer, (to, 1, 2, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
+                (_wgrad_producer, (operands, offsets_ptr, sizes, stages, 2, STAGES, GROUPED, BAND)),
             ],
             [4, 1],
             [232, 40],
@@ -238,10 +269,10 @@ def wgrad_kernel(
     else:
         gl.warp_specialize(
             [
-                (_wgrad_consumer, (out, offsets_ptr, sizes, to, c, 0, 3, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
-                (_wgrad_consumer, (out, offsets_ptr, sizes, to, c, 1, 3, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
-                (_wgrad_consumer, (out, offsets_ptr, sizes, to, c, 2, 3, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
-                (_wgrad_producer, (operands, offsets_ptr, sizes, to, 3, STAGES, GROUPED, BAND)),
+                (_wgrad_consumer, (to, 0, 3, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
+                (_wgrad_consumer, (to, 1, 3, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
+                (_wgrad_consumer, (to, 2, 3, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
+                (_wgrad_producer, (operands, offsets_ptr, sizes, stages, 3, STAGES, GROUPED, BAND)),
             ],
             [4, 4, 1],
             [160, 160, 24],
@@ -268,6 +299,7 @@ def launch_wgrad(
         flat(dy_scales, 64),
         flat(x_scales, N),
         describe(grad, (groups, n, k), (n * k, k, 1), (1, 64, 32)),
+        grad,
         grad if offsets is None else offsets,  # not read when dense
         n,
         k,

@@ -17,7 +17,8 @@ gluon8_wgrad = pytest.importorskip("deepv3.kernels.gluon8_wgrad", reason=f"Gluon
 
 WgradTile = gluon8_wgrad.WgradTile
 TILES = gluon8_wgrad.WGRAD_TILES
-FEW = [WgradTile(2, 2, 1), WgradTile(3, 2, 3)]  # stages fewer than steps; chunks one by one, and a rest of one
+# Stages fewer than steps; chunks one by one, a rest of one, and none.
+FEW = [WgradTile(2, 2, 1), WgradTile(3, 2, 3), WgradTile(2, 2, 0)]
 ENDS = {"first empty": [0, 128, 384], "last empty": [256, 384, 384], "all empty": [0, 0, 0], "full": [128, 128, 512]}
 
 
@@ -69,20 +70,26 @@ MISTAKES = {
     "a stage is awaited that nobody fills": {"pred=first + 128 < end": "pred=True"},
     "a group without rows awaits its first stage": {"pred=start < end": "pred=True"},
     "the phase never turns": {"phase ^ 1": "phase"},
-    "chunks change places": {"(zeroth, first_, second, third)": "(zeroth, second, first_, third)"},
+    "chunks change places": {"(zeroth, first, second, third)": "(zeroth, second, first, third)"},
     "what was there is lost": {"        if ACCUMULATE:\n": "        if False:\n"},
+}
+WITHOUT_CHUNKS = {
+    "what was there is not added": {"                    total += there\n": "                    pass\n"},
+    "a column too many is written": {"gl.expand_dims(cols < n_in, 0)": "gl.expand_dims(cols <= n_in, 0)"},
+    "a group's gradient is taken for the first one's": {"group.to(gl.int64) * n_out": "group.to(gl.int64) * 0"},
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", [*MISTAKES, *WITHOUT_CHUNKS])
 def test_a_mistake_is_found(mistake, kernel_on_cpu, monkeypatch):
     """What the tests above would have missed if they passed for another reason."""
     monkeypatch.setattr(gluon_on_cpu, "PATIENCE", 0.5)
-    assert all(any(old in source for source in kernel_on_cpu.sources.values()) for old in MISTAKES[mistake])
-    kernel_on_cpu.edits, kernel_on_cpu.lag = MISTAKES[mistake], 0.01
-    shape = {"ends": [512, 640, 640], "rows": 640, "n": 256, "k": 256}
+    edits = (MISTAKES | WITHOUT_CHUNKS)[mistake]
+    assert all(any(old in source for source in kernel_on_cpu.sources.values()) for old in edits)
+    kernel_on_cpu.edits, kernel_on_cpu.lag = edits, 0.01
+    shape = {"ends": [512, 640, 640], "rows": 640, "n": 256, "k": 272}
     with pytest.raises(AssertionError):
-        grad, expected = gradients("grouped_fp8_wgrad_", WgradTile(2, 2, 2), True, 5, **shape)
+        grad, expected = gradients("grouped_fp8_wgrad_", WgradTile(2, 2, 2 * (mistake in MISTAKES)), True, 5, **shape)
         assert relative_norm(grad, expected) <= 1e-6
 
 
@@ -112,10 +119,15 @@ def test_machine_code_keeps_between_two_products_only_what_needs_the_first(group
     assert kernel.spills == 0 and kernel.shared <= 232_448
     assert kernel.count("QGMMA.64x128x32.F32.E4M3.E4M3") == 4 * tile.consumers
     assert kernel.count("UTMALDG") == 2 * tile.consumers + 2
-    assert kernel.count("UTMAREDG.3D.ADD" if accumulate else "UTMASTG.3D") == 4 * tile.consumers
-    assert not kernel.count(r"\bSHFL|\bSTG|\bRED|\bATOM"), "results leave by TMA, from where the products left them"
-    assert kernel.count(r"USETMAXREG\.\S+ (UP0, )?" + {2: "0xe8", 3: "0xa0"}[tile.consumers]) >= 2
-    # Per consumer: products, all warps meet, the stage before goes back, scales of two consumers, products are awaited.
-    scaled = r"(.|\n)*?FMUL" if tile.consumers == 2 else ""
+    if tile.chunks:
+        assert kernel.count("UTMAREDG.3D.ADD" if accumulate else "UTMASTG.3D") == 4 * tile.consumers
+        assert not kernel.count(r"\bSHFL|\bSTG|\bRED|\bATOM"), "results leave by TMA, from where the products left them"
+    else:
+        assert kernel.count(r"\bSTG\.E\.64") == 32 * tile.consumers
+        early = r"(LDG\.E\.64(.|\n)*?){32}QGMMA(.|\n)*?gsb0(.|\n)*?STG"
+        assert kernel.count(early) == (tile.consumers if accumulate else 0), "what is there is asked for first"
+    assert kernel.count(r"USETMAXREG\.\S+ (UP\d, )?" + {2: "0xe8", 3: "0xa0"}[tile.consumers]) >= 2
+    # Per consumer: products, all warps meet, the stage before goes back, scales if there is room, products are awaited.
+    scaled = r"(.|\n)*?FMUL" if tile.consumers == 2 and tile.chunks else ""
     order = rf"QGMMA[^\n]*gsb0(.|\n)*?BAR\.SYNC(.|\n)*?SYNCS\.ARRIVE{scaled}(.|\n)*?WARPGROUP\.DEPBAR(.|\n)*?FFMA"
     assert kernel.count(order) == tile.consumers
