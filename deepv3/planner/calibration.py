@@ -1,6 +1,6 @@
 """What software reaches of the hardware: fractions and times measured once, as data with sources and ranges.
 
-A `Calibration` is a set of constants. Four are built in, each from its own source; a file of measured rows replaces
+A `Calibration` is a set of constants. Several are built in, each from its own source; a file of measured rows replaces
 those constants it has rows for (`measured.py`). Fractions are of the nominal peak of the multiprocessors in use.
 
 `report` is DeepSeek's own software on H800. Its GEMM and attention fractions are kernel durations of their published
@@ -12,9 +12,7 @@ predictions; docs/planner.md lists them.
 `torchtitan` changes what differs in TorchTitan 0.2.2: its attention is FlexAttention, its optimizer state FP32, and one
 constant, the seconds per layer and pass outside the modelled kernels, is fitted to its run on one H200.
 
-`megatron` changes who launches: Transformer Engine calls each local expert's product and quantisation one by one
-(nvte_multi_stream_cublas_gemm, split_quantize), and one constant, the seconds per launch, is fitted to one row of
-Megatron-Bridge. `megatron_graphs` is the same where the recipe replays all but the experts from CUDA graphs.
+The sets of Megatron's software are in `megatron.py`.
 """
 
 from collections.abc import Mapping
@@ -55,6 +53,11 @@ class Calibration:
     the optimizer's traffic per parameter of the shard. codes_bytes: traffic per FP8 parameter that a rank holds, once
     a step, of making its codes. imbalance: the busiest rank's expert rows over the mean. workspace: bytes of context,
     NCCL and allocator slack.
+
+    attention is a fraction of the BF16 peak whatever the core's format. softmax, softmax_backward: the share of the
+    core's time that a device with twice the exponentials per clock halves. attention_codes: traffic per element that
+    the core reads, of making its FP8 operands; 0 where it reads BF16. fused_experts: 1 where SwiGLU and quantisation
+    are part of the experts' products, so that they move nothing of their own; 0 where they are kernels.
     """
 
     name: str = "report"
@@ -68,6 +71,10 @@ class Calibration:
     bf16_grouped: Value = constant(Value(0.64, 0.56, 0.71, f"{OWN_H100}: grouped_mm 601-701 TFLOP/s"))
     attention: Value = constant(Value(0.659, 0.65, 0.67, f"{TRACE}: 551-555 TFLOP/s causal, forward"))
     attention_backward: Value = constant(Value(0.524, 0.50, 0.55, f"{TRACE}: 440 TFLOP/s with its pre and post"))
+    softmax: Value = constant(Value(0.0, 0.0, 0.0, "no device of this set has more exponentials than another"))
+    softmax_backward: Value = constant(Value(0.0, 0.0, 0.0, "as softmax"))
+    attention_codes: Value = constant(Value(0.0, 0.0, 0.0, "BF16 attention (V3 3.3.1)"))
+    fused_experts: Value = constant(Value(0, 0, 0, "SwiGLU and quantisation are kernels of the trace"))
     traffic_attention: Value = constant(
         Value(3.9, 3.4, 4.1, f"{TRACE}: forward slot less GEMMs and attention, 1.49 ms")
     )
@@ -111,15 +118,5 @@ TORCHTITAN = Calibration().changed(
     },
     "torchtitan",
 )
-TE = "Transformer Engine 2.9 to 2.12, grouped_linear.py and extensions/gemm.cpp: a call per expert"
-CAPTURED = "cuda_graph_scope = attn, moe_router, moe_preprocess: replayed"
-MEGATRON = Calibration().changed(
-    {
-        "launch": Value(49e-6, 57e-6, 44e-6, "fitted: Megatron-Bridge 26.02, 256 B200 MXFP8; range: 25.11 to 26.04"),
-        "expert_calls": Value(1, 1, 1, TE),
-    },
-    "megatron",
-)
-GRAPHS = {name: Value(0, 0, 0, CAPTURED) for name in ("kernels_forward", "kernels_backward")}
-BUILT_IN = {cal.name: cal for cal in (Calibration(), TORCHTITAN, MEGATRON, MEGATRON.changed(GRAPHS, "megatron_graphs"))}
-"""By name."""
+BUILT_IN = {cal.name: cal for cal in (Calibration(), TORCHTITAN)}
+"""By name; `megatron.BUILT_IN` has more."""

@@ -23,7 +23,7 @@ class Device:
     bf16, fp8: dense peak, FLOP/s. memory: bytes a process can allocate. hbm: bytes/s, nominal. sms: multiprocessors.
     nvlink: bytes/s per direction, nominal. domain: devices that reach each other by NVLink. nic: bytes/s of the
     device's share of the network cards, nominal. host: highest clock of a core of the processor that launches its
-    kernels, Hz. source: where the numbers stand.
+    kernels, Hz. source: where the numbers stand. exponentials: per clock and multiprocessor, over those of Hopper.
     """
 
     name: str
@@ -37,9 +37,11 @@ class Device:
     nic: float
     host: float
     source: str
+    exponentials: float = 1.0
 
 
 HOPPER = "NVIDIA H100 data sheet (SXM5); DGX H100: Xeon 8480C"
+ULTRA = "twice the exponentials: NVIDIA, 'Making softmax more efficient with Blackwell Ultra'"
 DEVICES = {
     row.name: row
     for row in (
@@ -60,7 +62,7 @@ DEVICES = {
         ),
         Device(
             "b300", 2250 * TERA, 4500 * TERA, 267.0 * GIB, 8000 * GB, 148, 900 * GB, 8, 100 * GB, 4.6 * GHZ,
-            "NVIDIA HGX B300 data sheet; 800 Gb/s CX8; DGX B300: Xeon 6776P",
+            f"NVIDIA HGX B300 data sheet; 800 Gb/s CX8; DGX B300: Xeon 6776P; {ULTRA}", 2.0,
         ),
         Device(
             "gb200", 2500 * TERA, 5000 * TERA, 184.0 * GIB, 8000 * GB, 148, 900 * GB, 64, 50 * GB, 3.4 * GHZ,
@@ -68,7 +70,7 @@ DEVICES = {
         ),
         Device(
             "gb300", 2500 * TERA, 5000 * TERA, 277.0 * GIB, 8000 * GB, 148, 900 * GB, 64, 100 * GB, 3.4 * GHZ,
-            "NVIDIA GB300 NVL72 data sheet (Grace); 64 of 72 as above",
+            f"NVIDIA GB300 NVL72 data sheet (Grace); 64 of 72 as above; {ULTRA}", 2.0,
         ),
     )
 }  # fmt: skip

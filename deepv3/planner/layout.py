@@ -4,27 +4,40 @@
 makes impossible is refused, with the knob that mends it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 from deepv3.arithmetic import Block, block
 from deepv3.config.schema import Config, ModelConfig
 from deepv3.errors import ConfigError
+from deepv3.pipeline.interleaved import interleaved
 from deepv3.pipeline.layout import StageSpec, place
 from deepv3.pipeline.schedule import Schedule, make_schedule
 from deepv3.planner.hardware import Cluster, cluster_of
 
+FOREIGN: dict[str, Callable[..., Schedule]] = {
+    "interleaved": interleaved,
+    "interleaved_pairs": partial(interleaved, paired=True),
+}
+"""Schedules of others' runs, which no configuration can ask for."""
+
 
 @lru_cache(maxsize=64)
-def schedule_of(name: str, pp_size: int, micro_batches: int) -> Schedule:
-    """`make_schedule`, remembered: a search asks for the same lists many times."""
+def schedule_of(name: str, pp_size: int, micro_batches: int, virtual: int = 1) -> Schedule:
+    """`make_schedule`, remembered: a search asks for the same lists many times. virtual: stages per rank if FOREIGN."""
+    if name in FOREIGN:
+        return FOREIGN[name](pp_size, micro_batches, virtual)
     return make_schedule(name, pp_size, micro_batches)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The rank grid, formats and batch of one plan. batch: sequences per step; micro: sequences per micro-batch."""
+    """The rank grid, formats and batch of one plan. batch: sequences per step; micro: sequences per micro-batch.
+
+    The last three say how others' software differs from ours. virtual: stages per rank, of an interleaved schedule.
+    wire: format in which tokens are dispatched; that of `precision` if empty. gradient_bytes: of a summed gradient.
+    """
 
     m: ModelConfig
     cluster: Cluster
@@ -40,6 +53,9 @@ class Layout:
     loss_chunk: int
     split: str = ""  # parallel.layout, layers per stage as text
     shares_memory: bool = False  # parallel.dispatcher = symmetric
+    virtual: int = 1
+    wire: str = ""
+    gradient_bytes: int = 4
 
     @classmethod
     def of(cls, cfg: Config) -> "Layout":
@@ -81,7 +97,12 @@ class Layout:
     @property
     def stages(self) -> int:
         """Pipeline stages."""
-        return self.pp * (2 if self.schedule == "dualpipev" else 1)
+        return self.pp * (2 if self.schedule == "dualpipev" else self.virtual)
+
+    @property
+    def sends(self) -> str:
+        """The format in which tokens are dispatched."""
+        return self.wire or self.precision
 
     @cached_property
     def specs(self) -> tuple[StageSpec, ...]:
@@ -90,7 +111,8 @@ class Layout:
 
     def lists(self, micro_batches: int | None = None) -> Schedule:
         """The action lists that training runs."""
-        return schedule_of(self.schedule, self.pp, self.micro_batches if micro_batches is None else micro_batches)
+        count = self.micro_batches if micro_batches is None else micro_batches
+        return schedule_of(self.schedule, self.pp, count, self.virtual)
 
     def copies(self) -> int:
         """Ranks that hold the same weights beyond data parallelism: DualPipe's mirrors share each stage."""
@@ -113,8 +135,8 @@ class Layout:
         shared = (dense + moe) * (b.attention + b.norms) + dense * b.dense + moe * (b.router + b.shared)
         shared += (spec.embedding + spec.head) * m.vocab_size * m.hidden_size + spec.head * m.hidden_size
         shared += spec.mtp * (2 * m.hidden_size**2 + 3 * m.hidden_size)
-        # 1F1B and ZB1P keep a second embedding on the last rank for MTP; elsewhere it shares the first one's.
-        if spec.mtp and not spec.embedding and self.schedule in ("1f1b", "zb1p") and self.pp > 1:
+        # The DualPipes have first and last stage on one rank; elsewhere MTP keeps a second embedding on the last.
+        if spec.mtp and not spec.embedding and not self.schedule.startswith("dualpipe") and self.pp > 1:
             shared += m.vocab_size * m.hidden_size
         return shared, moe * m.n_routed_experts // self.ep * b.expert
 

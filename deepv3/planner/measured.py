@@ -29,8 +29,9 @@ from statistics import median
 from typing import Any
 
 from deepv3.errors import ConfigError
-from deepv3.planner.calibration import BUILT_IN, Calibration, Value
+from deepv3.planner.calibration import Calibration, Value
 from deepv3.planner.hardware import DEVICES, Device
+from deepv3.planner.megatron import BUILT_IN
 
 Row = Mapping[str, Any]
 Reader = Callable[[Row, Device, float], tuple[str, float]]

@@ -23,7 +23,7 @@ from deepv3.errors import ResourceError
 from deepv3.pipeline.actions import BACKWARD, FORWARD, WEIGHT_GRAD, parts
 from deepv3.planner.calibration import Calibration
 from deepv3.planner.hardware import GIB
-from deepv3.planner.layout import Layout, schedule_of
+from deepv3.planner.layout import FOREIGN, Layout, schedule_of
 from deepv3.planner.network import reached
 
 HEADROOM = 1.25
@@ -46,12 +46,14 @@ KNOBS = {
 
 
 @lru_cache(maxsize=256)
-def fullest(schedule: str, pp_size: int, micro_batches: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+def fullest(
+    schedule: str, pp_size: int, micro_batches: int, virtual: int = 1
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Per rank, the moments that may be its fullest: chunks kept of each stage it holds, none below another in all.
 
     A chunk is kept from its forward to its backward or, where that is split, its weight gradient.
     """
-    lists, found = schedule_of(schedule, pp_size, micro_batches), []
+    lists, found = schedule_of(schedule, pp_size, micro_batches, virtual), []
     for rank in range(pp_size):
         place = {stage: index for index, stage in enumerate(lists.chunks(rank))}
         live, moments = [0] * len(place), set()
@@ -123,7 +125,7 @@ class Memory:
         in_flight, activations = self._peak(rank)
         found = {
             "weights": (shared + experts) * (4.0 if wide else 2.0),
-            "gradients": (shared + experts) * 4.0,
+            "gradients": (shared + experts) * float(layout.gradient_bytes),
             "master": 0.0 if wide else shard * 4.0,
             "moments": shard * 2.0 * layout.moment_bytes,
             "fp8 weights": 2.0 * layout.fp8_parameters(rank) if layout.precision == "fp8" else 0.0,
@@ -141,7 +143,8 @@ class Memory:
         layout = self.layout
         lists = layout.lists(2 * layout.pp)
         stages = lists.chunks(rank)
-        moments = fullest(layout.schedule, layout.pp, min(layout.micro_batches, 2 * layout.pp + 2))[rank]
+        most = 2 * layout.pp + (0 if layout.schedule in FOREIGN else 2)
+        moments = fullest(layout.schedule, layout.pp, min(layout.micro_batches, most), layout.virtual)[rank]
         sizes = ((sum(live), sum(n * self.kept[stage] for n, stage in zip(live, stages))) for live in moments)
         return max(sizes, key=lambda size: size[1])
 
@@ -161,7 +164,7 @@ class Memory:
         goes_to = tuple(
             reached(holders, *groups, m.n_routed_experts, m.num_experts_per_tok) for holders in (nodes, layout.ep)
         )
-        sizes = buffer_bytes(m, layout.tokens, layout.ep, layout.precision, nodes, (goes_to[0], goes_to[1]))
+        sizes = buffer_bytes(m, layout.tokens, layout.ep, layout.sends, nodes, (goes_to[0], goes_to[1]))
         slots = slot_bytes(m, layout.tokens, layout.ep, layout.precision) if layout.shares_memory else 0.0
         return 2.0 * HEADROOM * sum(sizes.values()) + slots
 

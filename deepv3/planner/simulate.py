@@ -6,8 +6,9 @@
 3. When all are reduced: update of the shard (memory-bound), then the gathering of weights in the training format.
 
 A steady schedule repeats itself, so with many micro-batches two shorter runs tell the time of the whole one: 2 more
-micro-batches always cost the same from some number on (tests hold this against full runs). What is given up: the
-reduction is taken not to slow the compute it overlaps with.
+micro-batches always cost the same from some number on (tests hold this against full runs). Others' interleaved
+lists, which repeat per group of ranks, are always run in full. What is given up: the reduction is taken not to slow the
+compute it overlaps with.
 """
 
 import math
@@ -22,7 +23,7 @@ from deepv3.pipeline.check import Report, check
 from deepv3.pipeline.dryrun import timeline
 from deepv3.planner.calibration import Calibration
 from deepv3.planner.costs import Costs, Stage, build_stages
-from deepv3.planner.layout import Layout
+from deepv3.planner.layout import FOREIGN, Layout
 from deepv3.planner.network import AllToAll, Network
 from deepv3.planner.work import Seconds, Workload, added
 
@@ -86,14 +87,14 @@ class Simulator:
         self.network = Network(layout.cluster, cal)
         self.work = Workload(
             layout.m, layout.cluster.device, cal, layout.precision, layout.recompute, layout.seq_len, layout.tokens,
-            layout.ep, self.a2a.dispatch + self.a2a.combine,
+            layout.ep, self.a2a.dispatch + self.a2a.combine, layout.gradient_bytes,
         )  # fmt: skip
 
     @cached_property
     def a2a(self) -> AllToAll:
         """All-to-alls of one layer and micro-batch."""
         layout = self.layout
-        return self.network.all_to_all(layout.m, layout.precision, layout.tokens, layout.ep)
+        return self.network.all_to_all(layout.m, layout.sends, layout.tokens, layout.ep)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
@@ -155,7 +156,8 @@ class Simulator:
             clock = 0.0
             for stage, ready in sorted(done.items(), key=lambda item: item[1]):
                 shared, experts = layout.stage_parameters(layout.specs[stage])
-                seconds = self.network.ring(4 * shared, group) + self.network.ring(4 * experts, same, layout.ep)
+                shared, experts = (count * layout.gradient_bytes for count in (shared, experts))
+                seconds = self.network.ring(shared, group) + self.network.ring(experts, same, layout.ep)
                 clock = max(clock, ready) + seconds
             latest = max(latest, clock)
         return latest
@@ -166,7 +168,7 @@ class Simulator:
         count = layout.micro_batches if batch is None else batch // (layout.dp * layout.micro)
         if count not in self._steps:
             short = 4 * layout.pp + 8
-            if layout.pp * count <= EXACT or count <= short + 8:
+            if layout.schedule in FOREIGN or layout.pp * count <= EXACT or count <= short + 8:
                 self._steps[count] = self._run(count)
             else:
                 self._steps[count] = _extend(self._run(short), self._run(short + 8), count)

@@ -78,7 +78,7 @@ class Workload:
     """The arithmetic of one micro-batch on one device.
 
     tokens: of the micro-batch. precision: fp32 | bf16 | fp8. recompute: train.recompute. ep: ranks that share experts.
-    exchange: seconds of a pass's dispatch and combine.
+    exchange: seconds of a pass's dispatch and combine. gradient_bytes: of an element of summed gradients.
     """
 
     m: ModelConfig
@@ -90,6 +90,7 @@ class Workload:
     tokens: int
     ep: int
     exchange: float = 0.0
+    gradient_bytes: int = 4
 
     @cached_property
     def share(self) -> float:
@@ -131,7 +132,7 @@ class Workload:
         width = 1 if fp8 else 2
         weights = experts * inputs * outputs
         if kind == "weight":
-            moved, summed = rows * (inputs + outputs) * width, 8 * weights
+            moved, summed = rows * (inputs + outputs) * width, 2 * self.gradient_bytes * weights
         else:
             moved, summed = (rows * (inputs + 2 * outputs) + weights) * width, 0
         seconds = max(flops / (peak * fraction.value), moved / self.bandwidth) + summed / self.bandwidth
@@ -155,11 +156,18 @@ class Workload:
     def _core(self, backward: bool) -> Seconds:
         """Attention's products."""
         m, cal = self.m, self.cal
-        flops = self.tokens * attention_flops(m, self.seq_len)
-        if not backward:
-            return Seconds({"attention": flops / (self.device.bf16 * self.share * cal.attention.value)})
-        flops *= attention_backward(m)
-        return Seconds({"attention": flops / (self.device.bf16 * self.share * cal.attention_backward.value)})
+        flops = self.tokens * attention_flops(m, self.seq_len) * (attention_backward(m) if backward else 1.0)
+        reached = (cal.attention_backward if backward else cal.attention).value
+        softmax = (cal.softmax_backward if backward else cal.softmax).value
+        shorter = 1.0 - softmax * (1.0 - 1.0 / self.device.exponentials)
+        return Seconds({"attention": flops * shorter / (self.device.bf16 * self.share * reached)})
+
+    def _codes(self, backward: bool) -> Seconds:
+        """Making the FP8 operands of attention's products: queries, keys, values; in backward the output's gradient."""
+        m = self.m
+        values = m.num_attention_heads * m.v_head_dim
+        read = values if backward else 2 * m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim) + values
+        return self.memory(read, self.cal.attention_codes.value)
 
     def _attention_bytes(self, backward: bool) -> float:
         """Per token: norms with the residual, rotation, key assembly, quantisation, and what undoes them."""
@@ -180,7 +188,7 @@ class Workload:
         """Per token: norm, permutation, SwiGLU, un-permutation, the shared expert's SwiGLU, the router."""
         m, fp8 = self.m, self.precision == "fp8"
         d, rows, inner = m.hidden_size, m.num_experts_per_tok, m.moe_intermediate_size
-        all_inner = (rows + m.n_shared_experts) * inner
+        all_inner = (rows * (1.0 - self.cal.fused_experts.value) + m.n_shared_experts) * inner
         routing = 16 * m.n_routed_experts
         if not backward:
             return (
@@ -215,8 +223,8 @@ class Workload:
         attention_forward = added(self.dense(*shape) for shape in self._linears)
         attention_input = added(self.dense(b, a, "input") for a, b in self._linears)
         attention_weight = added(self.dense(a, b, "weight") for a, b in self._linears)
-        attention_forward += self._core(False) + self.memory(self._attention_bytes(False), traffic)
-        attention_input += self._core(True) + self.memory(self._attention_bytes(True), traffic)
+        attention_forward += self._core(False) + self._codes(False) + self.memory(self._attention_bytes(False), traffic)
+        attention_input += self._core(True) + self._codes(True) + self.memory(self._attention_bytes(True), traffic)
         if self.recompute != "none":
             attention_input += self._remade
         forward, inputs, weight, shared = self._experts() if moe else self._dense()

@@ -1,10 +1,11 @@
 """Throughput that others have published for V3 and its relatives, laid out as this planner can.
 
 Megatron: performance summary of NVIDIA-NeMo/Megatron-Bridge (docs/performance-summary.md and -archive.md), tokens/s per
-device, balanced routing, no token dropped; recipes of the tags v0.2.0 (25.11), v0.3.0 (26.02) and v0.5.0 (26.06) say
-which replay CUDA graphs and how tokens are dispatched. Left out: rows that drop tokens (25.09 on GB200 and B200).
-Interleaved 1F1B (VP > 1) is laid out as plain 1F1B, which has the larger bubble; TP2 x PP8 as PP16; PP8 x VP2 with
-1F1B's all-to-all overlap (B200, 26.04.01) as DualPipeV, which has as many stages and pairs passes likewise.
+device, balanced routing, no token dropped; grid, VP and batch as its tables say. Recipes of the tags v0.2.0 (25.09,
+25.11), v0.3.0 (26.02), v0.4.2 (26.04.01) and v0.5.0 (26.06) say what else: stages (pp_layout), which CUDA graphs, how
+tokens are dispatched and whether that overlaps (moe_a2a_overlap), fused experts, attention's format, recompute, BF16
+gradients (grad_reduce_in_fp32 = False, all rows). TP2 x PP8 x VP4 is laid out as PP16 x VP2: as many stages.
+Left out: rows that drop tokens (25.09 on GB200 and B200).
 AutoModel: NVIDIA-NeMo/Automodel's table of DGX-H100 rows. Left out: its V3 rows, whose PP4 x VP8 with 8 micro-batches
 no schedule here comes near.
 Ours: docs/benchmarks.md, one H200, planned with `report` constants, before any calibration.
@@ -17,9 +18,10 @@ from functools import cached_property
 from plans import model, on
 
 from deepv3.config.schema import ModelConfig
-from deepv3.planner.calibration import BUILT_IN, Calibration, Value
+from deepv3.planner.calibration import Calibration, Value
 from deepv3.planner.hardware import GIB
 from deepv3.planner.layout import Layout
+from deepv3.planner.megatron import BUILT_IN
 from deepv3.planner.memory import Memory
 from deepv3.planner.simulate import Simulator, Step
 from deepv3.planner.uncertain import spread
@@ -27,7 +29,12 @@ from deepv3.planner.uncertain import spread
 WITHOUT_MTP = replace(model("v3_671b"), num_nextn_predict_layers=0)
 
 
-REPORT, EAGER, GRAPHS = (BUILT_IN[name] for name in ("report", "megatron", "megatron_graphs"))
+REPORT, HOPPER, EAGER, GRAPHS, WHOLE, WHOLE_FP8 = (
+    BUILT_IN[name]
+    for name in (
+        "report", "megatron", "megatron_blackwell", "megatron_graphs", "megatron_whole", "megatron_whole_fp8",
+    )
+)  # fmt: skip
 ROUTED = (
     "Megatron-LM's GB200 guide, 2.1.4 and 2.2.1: routing and preparation are 31 kernels, 17 with a fused dispatcher"
 )
@@ -65,7 +72,7 @@ class Row:
 
 def megatron(name: str, layout: Layout, rate: float, calibration: Calibration = EAGER) -> Row:
     """A row of Megatron-Bridge; eager: nothing replayed from CUDA graphs."""
-    return Row(name, layout, rate, calibration)
+    return Row(name, replace(layout, wire="bf16", gradient_bytes=2), rate, calibration)
 
 
 def hgx(device: str, **changes) -> Layout:
@@ -73,39 +80,49 @@ def hgx(device: str, **changes) -> Layout:
     return on(device, 256, **{"pp": 16, "ep": 8, "batch": 4096} | changes)
 
 
-def nvl(device: str, **changes) -> Layout:
-    """256 devices in racks of 64, 4096 sequences, unless said otherwise."""
-    return on(device, 256, **{"batch": 4096} | changes)
+def nvl(device: str, virtual: int, **changes) -> Layout:
+    """256 devices in racks of 64, `virtual` stages each, 4096 sequences, unless said otherwise."""
+    return on(device, 256, **{"batch": 4096, "schedule": "interleaved", "virtual": virtual} | changes)
 
 
 _PLAIN = {"m": WITHOUT_MTP}
 _BF16 = {"precision": "bf16"} | _PLAIN
 _TWO = {"pp": 2, "ep": 32, "micro": 2}
-_OVERLAPPED = {"pp": 8, "ep": 32, "schedule": "dualpipev"}
+_PAIRS = {"schedule": "interleaved_pairs"}
+_OVERLAPPED = {"pp": 8, "ep": 32, "virtual": 2} | _PAIRS
+_HOPPER = {"pp": 16, "batch": 8192, "virtual": 2, "split": "E1|2|...|HM"} | _PAIRS
+_NEWEST = {"pp": 2, "ep": 32, "recompute": "none"} | _PAIRS
+DEEPEP = GRAPHS.changed(
+    {"comm_sms": Value(20, 20, 0, "moe_deepep_num_sms = 20 by default; tokens travel nearly all the time")},
+    "megatron_graphs, DeepEP",
+)
 MEGATRON_FITTED = megatron("256 B200, MXFP8, PP16 EP8 (26.02)", hgx("b200"), 2689)
 MEGATRON = (
-    megatron("256 GB200, BF16, PP4 EP64 (25.11)", nvl("gb200", pp=4, **_BF16), 3139, GRAPHS),
-    megatron("256 GB200, MXFP8, PP8 EP32 (25.11)", nvl("gb200", pp=8, ep=32, **_PLAIN), 4018, GRAPHS),
-    megatron("256 GB200, MXFP8, PP4 EP64 (26.02)", nvl("gb200", pp=4), 3955, GRAPHS),
-    megatron("256 GB200, MXFP8, PP4 EP64 (26.04.01)", nvl("gb200", pp=4), 4256, GRAPHS),
-    megatron("256 GB300, BF16, PP2 EP32 (25.11)", nvl("gb300", pp=2, ep=32, **_BF16), 3848, GRAPHS),
-    megatron("256 GB300, MXFP8, PP2 EP32 (25.11)", nvl("gb300", pp=2, ep=32, **_PLAIN), 4357, GRAPHS),
-    megatron("256 GB300, MXFP8, PP2 EP32, two sequences (26.02)", nvl("gb300", **_TWO), 4612),
-    megatron("1,024 H100, FP8, TP2 PP8 EP64 as PP16 (25.09)", on("h100", 1024, pp=16, batch=8192), 1297),
+    megatron("256 GB200, BF16, PP4 EP64 (25.11)", nvl("gb200", 4, pp=4, **_BF16), 3139, GRAPHS),
+    megatron("256 GB200, MXFP8, PP8 EP32 (25.11)", nvl("gb200", 4, pp=8, ep=32, **_PLAIN), 4018, GRAPHS),
+    megatron("256 GB200, MXFP8, PP4 EP64 (26.02)", nvl("gb200", 4, pp=4), 3955, GRAPHS),
+    megatron("256 GB200, MXFP8, PP4 EP64 (26.04.01)", nvl("gb200", 4, pp=4), 4256, GRAPHS),
+    megatron("256 GB300, BF16, PP2 EP32 (25.11)", nvl("gb300", 4, pp=2, ep=32, **_BF16), 3848, GRAPHS),
+    megatron("256 GB300, MXFP8, PP2 EP32 (25.11)", nvl("gb300", 4, pp=2, ep=32, **_PLAIN), 4357, GRAPHS),
+    megatron("256 GB300, MXFP8, PP2 EP32, two sequences (26.02)", nvl("gb300", 8, **_TWO), 4612),
+    megatron("256 GB300, MXFP8, PP2 EP32, two sequences (26.04.01)", nvl("gb300", 8, **_TWO), 4992),
+    megatron("256 GB200, MXFP8, PP4 EP64 (26.06)", nvl("gb200", 4, pp=4, **_PAIRS), 4969, WHOLE),
+    megatron("256 GB200, MXFP8, PP4 EP64 (26.08)", nvl("gb200", 4, pp=4, **_PAIRS), 4912, WHOLE),
+    megatron("1,024 H100, FP8, TP2 PP8 EP64 as PP16 (25.09)", on("h100", 1024, **_HOPPER), 1297, HOPPER),
     megatron("256 B200, MXFP8, PP16 EP8, all-to-all (25.11)", hgx("b200", batch=2048), 2139, ALL_TO_ALL),
     megatron("256 B200, MXFP8, PP16 EP8 (26.04)", hgx("b200"), 2815),
-    megatron("256 B200, MXFP8, PP8 EP32, overlapped (26.04.01)", hgx("b200", **_OVERLAPPED), 3328, GRAPHS),
+    megatron("256 B200, MXFP8, PP8 EP32, overlapped (26.04.01)", hgx("b200", **_OVERLAPPED), 3328, DEEPEP),
     megatron("256 B300, MXFP8, PP16 EP8 (26.02)", hgx("b300"), 2983),
     megatron("256 B300, MXFP8, PP16 EP8 (26.04)", hgx("b300"), 3131),
     megatron("256 B300, MXFP8, PP8 EP8, two sequences (26.04.01)", hgx("b300", pp=8, micro=2), 3456, GRAPHS),
     megatron("256 B300, MXFP8, PP8 EP8, two sequences (26.06)", hgx("b300", pp=8, micro=2), 3541, GRAPHS),
 )
 MISSED = (
-    megatron("256 GB300, MXFP8, PP2 EP32, two sequences (26.04.01)", nvl("gb300", **_TWO), 4992),
-    megatron("256 GB200, MXFP8, PP4 EP64 (26.06)", nvl("gb200", pp=4), 4969, GRAPHS),
-    megatron("256 GB300, MXFP8, PP2 EP32 (26.06)", nvl("gb300", pp=2, ep=32), 6338, GRAPHS),
+    megatron("256 GB300, MXFP8, PP2 EP32 (26.06)", nvl("gb300", 8, **_NEWEST), 6338, WHOLE_FP8),
+    megatron("256 GB300, MXFP8, 15,360 sequences (26.06)", nvl("gb300", 8, batch=15_360, **_NEWEST), 6422, WHOLE_FP8),
+    megatron("256 GB300, MXFP8, PP2 EP32 (26.08)", nvl("gb300", 8, **_NEWEST), 6288, WHOLE_FP8),
 )
-"""Planned slower than published: by interleaving, and from 26.06 by attention in FP8 and fused experts."""
+"""Planned slower than published; docs/planner.md says what is unknown of them."""
 
 _MOONLIGHT = {"m": model("moe_16b"), "pp": 1, "ep": 8, "precision": "bf16", "recompute": "none"}
 _MINI = {"m": model("mini"), "pp": 1, "precision": "bf16", "recompute": "none", "micro": 2}

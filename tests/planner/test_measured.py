@@ -6,9 +6,10 @@ import pytest
 from plans import REPORT, constants, v3
 
 from deepv3.errors import ConfigError
-from deepv3.planner.calibration import BUILT_IN, Calibration
+from deepv3.planner.calibration import Calibration
 from deepv3.planner.hardware import DEVICES
 from deepv3.planner.measured import calibrate, read_calibration
+from deepv3.planner.megatron import BUILT_IN
 from deepv3.planner.simulate import Simulator
 
 H800 = DEVICES["h800"]
@@ -133,7 +134,10 @@ def test_built_in_names_are_read():
         "report",
         "torchtitan",
         "megatron",
+        "megatron_blackwell",
         "megatron_graphs",
+        "megatron_whole",
+        "megatron_whole_fp8",
     }
 
 

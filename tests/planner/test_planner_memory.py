@@ -73,6 +73,13 @@ def test_peaks_are_those_of_the_schedules(schedule, ranks, peak):
     assert max(sum(live) for moments in fullest(schedule, ranks, 2 * ranks + 2) for live in moments) == peak
 
 
+@pytest.mark.parametrize("schedule, more", [("interleaved", 0), ("interleaved_pairs", 1)])
+def test_peaks_of_interleaved_stages_are_the_formula_and_do_not_grow(schedule, more):
+    moments = fullest(schedule, 4, 8, 4)
+    assert max(sum(live) for rank in moments for live in rank) == 2 * 3 + 3 * 4 + 1 + more
+    assert moments == fullest(schedule, 4, 40, 4)
+
+
 def test_longer_steps_keep_no_more():
     for schedule in ("1f1b", "zb1p", "dualpipe", "dualpipev"):
         assert fullest(schedule, 4, 10) == fullest(schedule, 4, 40)

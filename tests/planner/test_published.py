@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 from plans import REPORT, v3_simulator
-from published import AUTOMODEL, FITTED, MEGATRON, MEGATRON_FITTED, MISSED, OURS, TORCHTITAN
+from published import (
+    AUTOMODEL,
+    EAGER,
+    FITTED,
+    GRAPHS,
+    MEGATRON,
+    MEGATRON_FITTED,
+    MISSED,
+    OURS,
+    TORCHTITAN,
+    WHOLE,
+)
 
 
 @pytest.mark.parametrize("row", [*MEGATRON, *AUTOMODEL, *TORCHTITAN], ids=lambda row: row.name)
@@ -20,14 +31,14 @@ def test_the_two_fitted_rows_are_met(row):
 
 def test_the_mean_error_of_the_unfitted_rows_is_small():
     errors = [row.error() for row in (*MEGATRON, *AUTOMODEL, *TORCHTITAN)]
-    assert sum(map(abs, errors)) / len(errors) < 0.06
-    assert abs(sum(errors) / len(errors)) < 0.03, "no lasting bias"
+    assert sum(map(abs, errors)) / len(errors) < 0.07
+    assert abs(sum(errors) / len(errors)) < 0.02, "no lasting bias"
 
 
 def test_the_range_of_a_plan_holds_what_nodes_of_eight_made():
-    """One launch time, fitted to one release on one device, holds three releases on two; the fourth is 1.4 % above."""
+    """One launch time, fitted to one release on one device, holds four releases on two."""
     eights = [row for row in (MEGATRON_FITTED, *MEGATRON) if row.layout.cluster.node == 8 and "H100" not in row.name]
-    rows = [row for row in eights if "26.06" not in row.name]
+    rows = [row for row in eights if "overlapped" not in row.name]
     assert len(rows) == 7
     for row in rows:
         least, most = row.range()
@@ -37,7 +48,31 @@ def test_the_range_of_a_plan_holds_what_nodes_of_eight_made():
 @pytest.mark.parametrize("row", MISSED, ids=lambda row: row.name)
 def test_known_misses_are_on_the_slow_side(row):
     """docs/planner.md names them; a change that mends one should move it up."""
-    assert -0.40 < row.error() < -0.15
+    assert -0.26 < row.error() < -0.15
+    assert row.range()[1] < row.rate, "then the page may no longer say that no range holds it"
+
+
+def test_each_mechanism_of_the_newest_recipes_speeds_a_plan_up():
+    """GB300's recipe of 26.06, one mechanism after the other: stages, experts' fused products, attention's format.
+
+    Overlap alone gains nothing here: what it hides, its interference and multiprocessors cost (docs/planner.md).
+    """
+    last = MISSED[0]
+    plain = replace(last.layout, schedule="1f1b", virtual=1)
+    interleaved = replace(last.layout, schedule="interleaved")
+    eager = {name: getattr(EAGER, name) for name in ("fused_experts", "traffic_experts")}
+    stages = [replace(last, layout=layout, calibration=GRAPHS) for layout in (plain, interleaved)]
+    kernels = [replace(last, calibration=WHOLE.changed(eager)), replace(last, calibration=WHOLE), last]
+    for rows in (stages, kernels):
+        rates = [row.step.tokens_per_second_per_gpu for row in rows]
+        assert all(later > 1.01 * earlier for earlier, later in zip(rates, rates[1:]))
+
+
+def test_dispatch_in_bf16_costs_more_than_in_fp8():
+    row = next(row for row in MEGATRON if "26.02" in row.name and "GB200" in row.name)
+    assert row.layout.sends == "bf16" and row.layout.precision == "fp8"
+    lighter = replace(row, layout=replace(row.layout, wire=""))
+    assert lighter.step.moved < row.step.moved and lighter.step.seconds < row.step.seconds
 
 
 @pytest.mark.parametrize(

@@ -112,3 +112,36 @@ def test_the_host_goes_on_while_tokens_travel_and_a_faster_one_is_waited_for_les
 
 def test_seconds_add_class_by_class():
     assert added([Seconds({"a": 1.0, "b": 2.0}), Seconds({"b": 3.0})]) == {"a": 1.0, "b": 5.0}
+
+
+def test_twice_the_exponentials_shorten_the_share_of_attention_that_they_bind():
+    cal = constants(attention=0.5, attention_backward=0.5, softmax=0.4, softmax_backward=0.2)
+    slow, fast = (
+        workload(cal=cal, device=replace(DEVICES["gb200"], exponentials=number)).layer(True) for number in (1.0, 2.0)
+    )
+    assert fast.attention_forward["attention"] == pytest.approx(0.8 * slow.attention_forward["attention"])
+    assert fast.attention_input["attention"] == pytest.approx(0.9 * slow.attention_input["attention"])
+    assert DEVICES["gb300"].exponentials == DEVICES["b300"].exponentials == 2.0
+
+
+def test_codes_of_attention_move_their_elements():
+    plain, coded = (workload(cal=constants(attention_codes=bytes_)).layer(True) for bytes_ in (0.0, 4.0))
+    moved = 4096 * 4.0 * 128 / (3350e9 * REPORT.hbm.value)
+    forward, backward = (
+        getattr(coded, name)["memory"] - getattr(plain, name)["memory"]
+        for name in ("attention_forward", "attention_input")
+    )
+    assert forward == pytest.approx(moved * (2 * 192 + 128)) and backward == pytest.approx(moved * 128)
+
+
+def test_fused_experts_drop_the_bytes_of_their_swiglu_only():
+    plain, fused = (workload(cal=constants(fused_experts=value)) for value in (0, 1))
+    routed = 4096 * 8 * V3.moe_intermediate_size
+    assert plain.fewest_bytes(True)["experts"] - fused.fewest_bytes(True)["experts"] == pytest.approx(16 * routed)
+    assert plain.fewest_bytes(True)["attention"] == fused.fewest_bytes(True)["attention"]
+    assert plain.fewest_bytes(False) == fused.fewest_bytes(False)
+
+
+def test_sums_of_bf16_gradients_move_half():
+    sums = [workload(gradient_bytes=width).layer(True).ffn_weight.total() for width in (0, 2, 4)]
+    assert sums[2] - sums[1] == pytest.approx(sums[1] - sums[0]) and sums[1] > sums[0]
