@@ -16,7 +16,7 @@ ELEMENTS = 2048  # outputs of a tile: 4 warps x 32 lanes x 16
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     """1 / (1 + exp(-x)) in FP32; 0 below -87, where it would be denormal."""
     if INTERPRETED:
         return tl.sigmoid(x)
@@ -28,16 +28,16 @@ def _sigmoid(x):
 @triton.jit
 def swiglu_output(gate, up):
     """silu(gate) * up in FP32."""
-    return gate * _sigmoid(gate) * up
+    return gate * sigmoid(gate) * up
 
 
 @triton.jit
 def swiglu_gradient(dy, gate, up, weight):
     """(gradients of gate and up, the output before its weight) in FP32; weight broadcasts."""
-    sigmoid = _sigmoid(gate)
-    silu = gate * sigmoid
+    share = sigmoid(gate)
+    silu = gate * share
     dact = dy * weight
-    return dact * up * (sigmoid + silu * (1 - sigmoid)), dact * silu, silu * up
+    return dact * up * (share + silu * (1 - share)), dact * silu, silu * up
 
 
 @triton.jit

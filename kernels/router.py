@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepv3.kernels.activation import sigmoid
 from deepv3.kernels.checks import FP32, INT32, check
 
 LOWEST = tl.constexpr(-(2**31))  # below `_ordered` of every float, -inf included
@@ -45,8 +46,8 @@ def _number(keys):
 
 
 @triton.jit
-def _keep_groups(keys, GROUPS_KEPT: tl.constexpr):
-    """Lower every key outside the GROUPS_KEPT groups whose two best choices have the largest sums.
+def _best_groups(keys, WANTED: tl.constexpr, COLS: tl.constexpr):
+    """[tokens, COLS]: the WANTED groups whose two best choices have the largest sums; the rest of COLS is undefined.
 
     keys: `_ordered` choices [tokens, groups, size], LOWEST in padding.
     """
@@ -59,12 +60,21 @@ def _keep_groups(keys, GROUPS_KEPT: tl.constexpr):
         score += _number(second)
     group_keys = _ordered(score)
     groups = tl.broadcast_to(tl.arange(0, GROUPS)[None, :], (TOKENS, GROUPS))
-    kept = tl.zeros((TOKENS, GROUPS), dtype=tl.int32)
-    for _ in tl.static_range(GROUPS_KEPT):
+    cols = tl.arange(0, COLS)[None, :]
+    best = tl.zeros((TOKENS, COLS), dtype=tl.int32)
+    for place in tl.static_range(WANTED):
         _, chosen = _first_largest(group_keys, groups)
-        kept = tl.where(groups == chosen, 1, kept)
+        best = tl.where(cols == place, chosen, best)
         group_keys = tl.where(groups == chosen, LOWEST, group_keys)
-    return tl.where(kept[:, :, None] != 0, keys, LOWEST)
+    return best
+
+
+@triton.jit
+def _choices(logits_ptr, bias_ptr, row, experts, real):
+    """`_ordered` choices of these experts, LOWEST where not real; row: of the logits, broadcasts."""
+    logits = tl.load(logits_ptr + row + experts, mask=real, other=0.0)
+    bias = tl.load(bias_ptr + experts, mask=real, other=0.0)
+    return tl.where(real, _ordered(sigmoid(logits) + bias), LOWEST)
 
 
 @triton.jit
@@ -86,31 +96,30 @@ def _router_topk_kernel(
     COLS: tl.constexpr,
 ):
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    row = tokens.to(tl.int64) * n_experts
     groups = tl.arange(0, GROUPS)[None, :, None]
     within = tl.arange(0, SIZE)[None, None, :]
-    real = (groups < n_group) & (within < group_size)
-    experts = groups * group_size + within
-    mask = (tokens < n_tokens)[:, None, None] & real
-    row = tokens.to(tl.int64) * n_experts
-    logits = tl.load(logits_ptr + row[:, None, None] + experts, mask=mask, other=0.0)
-    bias = tl.load(bias_ptr + experts, mask=real, other=0.0)
-    choice = tl.where(mask, tl.sigmoid(logits) + bias, float("-inf"))
-    keys = tl.where(mask, _ordered(choice), LOWEST)
-    if GROUPS_KEPT > 0:
-        keys = _keep_groups(keys, GROUPS_KEPT)
+    inside = (tokens < n_tokens)[:, None, None] & (within < group_size)
+    experts = tl.broadcast_to(groups * group_size + within, (TOKENS, GROUPS, SIZE))
+    keys = _choices(logits_ptr, bias_ptr, row[:, None, None], experts, inside & (groups < n_group))
+    if GROUPS_KEPT > 0:  # read the groups that stay again: fewer numbers to look through
+        KEPT: tl.constexpr = triton.next_power_of_2(GROUPS_KEPT)
+        best = _best_groups(keys, GROUPS_KEPT, KEPT)
+        experts = best[:, :, None] * group_size + within
+        wanted = tl.arange(0, KEPT)[None, :, None] < GROUPS_KEPT
+        keys = _choices(logits_ptr, bias_ptr, row[:, None, None], experts, inside & wanted)
 
-    keys = tl.reshape(keys, (TOKENS, GROUPS * SIZE))
-    positions = tl.broadcast_to(tl.arange(0, GROUPS * SIZE)[None, :], (TOKENS, GROUPS * SIZE))
+    keys = tl.reshape(keys, (TOKENS, keys.shape[1] * SIZE))
+    experts = tl.reshape(experts, keys.shape)
     cols = tl.arange(0, COLS)[None, :]
     chosen = tl.zeros((TOKENS, COLS), dtype=tl.int32)
     for k in tl.static_range(TOP_K):
-        _, best = _first_largest(keys, positions)
+        _, best = _first_largest(keys, experts)
         chosen = tl.where(cols == k, best, chosen)
-        keys = tl.where(positions == best, LOWEST, keys)
-    chosen = (chosen // SIZE) * group_size + chosen % SIZE  # padded position -> expert
+        keys = tl.where(experts == best, LOWEST, keys)
 
     out_mask = (tokens < n_tokens)[:, None] & (cols < TOP_K)
-    scores = tl.sigmoid(tl.load(logits_ptr + row[:, None] + chosen, mask=out_mask, other=0.0))
+    scores = sigmoid(tl.load(logits_ptr + row[:, None] + chosen, mask=out_mask, other=0.0))
     scores = tl.where(out_mask, scores, 0.0)
     weights = scores / (tl.sum(scores, axis=1, keep_dims=True) + TINY) * scale
     out = tokens.to(tl.int64)[:, None] * TOP_K + cols
@@ -137,7 +146,7 @@ def _router_topk_backward_kernel(
     mask = row_mask[:, None] & (experts < n_experts)
     row = tokens.to(tl.int64)
     address = row[:, None] * n_experts + experts
-    scores = tl.sigmoid(tl.load(logits_ptr + address, mask=mask, other=0.0))
+    scores = sigmoid(tl.load(logits_ptr + address, mask=mask, other=0.0))
     chosen = tl.zeros((TOKENS, EXPERTS), dtype=tl.int32)
     dweights = tl.zeros((TOKENS, EXPERTS), dtype=tl.float32)
     for k in tl.static_range(TOP_K):  # spread the K values over the experts' columns

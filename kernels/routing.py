@@ -1,6 +1,6 @@
 """Tables that sort rows by expert, the copy to that order and the sum back: Triton kernels.
 
-Tables, by counting, in two launches whose work grows with the pairs (blocks of 256 (token, choice) pairs), shared by at
+Tables, by counting, in two launches whose work grows with the pairs (blocks of 128 (token, choice) pairs), shared by at
 most 128 programs:
 1. Each program counts its pairs per expert: histograms [programs, E]. Rows of the sorted order are marked as empty.
 2. Each program adds up the histograms: all are an expert's count, those of earlier programs what lies before. An
@@ -15,15 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepv3.kernels.casts import INTERPRETED
 from deepv3.kernels.checks import ACTIVATIONS, INT32, block, check
 from deepv3.kernels.reference.routing import row_bound
 
-PAIRS = 256
-COMPARED = 64
+PAIRS = 128  # of a block; times experts below 2^24, so that FP32 holds the keys
+COUNTED = 1024  # pairs that are counted at once
 PROGRAMS = 128  # histograms that every program reads: few
-SUMMED = 16384  # counts a program has under way: 64 a lane
-WARPS = 8  # of the second launch
-BLOCKS = 127  # of a program at most, so that its counts fit 16 bits
+SUMMED = 64  # of them under way at once
+WARPS = 4  # of the second launch
+BLOCKS = 255  # of a program at most, so that its counts fit 16 bits
 COPY_ELEMENTS = 4096
 STRIP = 1  # column tiles that programs gather side by side
 
@@ -34,36 +35,65 @@ def _histogram_kernel(
     histogram_ptr,
     token_of_slot_ptr,
     n_pairs,
-    n_experts,
     n_slots,
-    blocks,
+    share,
     PAIRS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
     counts = tl.zeros((EXPERTS,), dtype=tl.int32)
-    for this in range(tl.program_id(0) * blocks, tl.program_id(0) * blocks + blocks):
-        pairs = this * PAIRS + tl.arange(0, PAIRS)
-        expert = tl.load(indices_ptr + pairs, mask=pairs < n_pairs, other=-1)
+    end = (tl.program_id(0) + 1) * share
+    for first in range(end - share, end, PAIRS):
+        pairs = first + tl.arange(0, PAIRS)
+        expert = tl.load(indices_ptr + pairs, mask=(pairs < n_pairs) & (pairs < end), other=-1)
         counts += tl.histogram(tl.maximum(expert, 0), EXPERTS, mask=expert >= 0)
-    experts = tl.arange(0, EXPERTS)
-    place = histogram_ptr + tl.program_id(0) * n_experts + experts
-    tl.store(place, counts.to(tl.int16), mask=experts < n_experts)
+    tl.store(histogram_ptr + tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS), counts.to(tl.int16))
     for first in range(tl.program_id(0) * PAIRS, n_slots, tl.num_programs(0) * PAIRS):
         slots = first + tl.arange(0, PAIRS)
         tl.store(token_of_slot_ptr + slots, tl.full((PAIRS,), -1, tl.int32), mask=slots < n_slots)
 
 
 @triton.jit
-def _rank_in_block(indices_ptr, this, expert, n_pairs, PAIRS: tl.constexpr, COMPARED: tl.constexpr):
-    """How many earlier pairs of the block have the same expert."""
-    places = tl.arange(0, PAIRS)
-    rank = tl.zeros((PAIRS,), dtype=tl.int32)
-    for first in range(0, PAIRS, COMPARED):
-        earlier = first + tl.arange(0, COMPARED)
-        other = tl.load(indices_ptr + this * PAIRS + earlier, mask=this * PAIRS + earlier < n_pairs, other=-1)
-        same = (other[:, None] == expert[None, :]) & (earlier[:, None] < places[None, :])
-        rank += tl.sum(same.to(tl.int32), axis=0)  # along the axis a lane holds whole
-    return rank
+def _above(a, b):
+    """1.0 where a is larger, else 0.0, of whole numbers in FP32."""
+    if INTERPRETED:
+        return tl.clamp(a - b, 0.0, 1.0)
+    else:  # a comparison would take a predicate, and instructions of half the speed
+        return tl.inline_asm_elementwise("sub.sat.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _rank_in_block(expert, PAIRS: tl.constexpr):
+    """How many earlier pairs of the block have the same expert: keys below the pair's, less those of other experts."""
+    least = (expert * PAIRS).to(tl.float32)
+    keys = least + tl.arange(0, PAIRS).to(tl.float32)
+    earlier = _above(keys[None, :], keys[:, None]) - _above(least[None, :], keys[:, None])
+    return tl.sum(earlier, axis=0).to(tl.int32)  # along the axis a lane holds whole
+
+
+@triton.jit
+def _counts(histogram_ptr, program, EXPERTS: tl.constexpr, SUMMED: tl.constexpr, PACKED: tl.constexpr):
+    """(pairs of every expert, those of them in programs before this one): int32 [EXPERTS] each.
+
+    A lane has the counts of two neighbouring experts of one program in a word and adds PACKED of them as they are. All
+    programs' are added where they were loaded: sums over an axis that lies across warps go through shared memory, there
+    all lanes of a warp through one bank.
+    """
+    words = tl.arange(0, EXPERTS // 2)
+    zeros = tl.zeros((EXPERTS // 2,), dtype=tl.int32)
+    low, high, low_before, high_before = zeros, zeros, zeros, zeros
+    for first in range(0, tl.num_programs(0), SUMMED):
+        place = histogram_ptr + first * (EXPERTS // 2) + words
+        for start in tl.static_range(0, SUMMED, PACKED):
+            part, part_before = zeros, zeros
+            for index in tl.static_range(PACKED):
+                row = first + start + index
+                count = tl.load(place + (start + index) * (EXPERTS // 2), mask=row < tl.num_programs(0), other=0)
+                part += count
+                part_before += tl.where(row < program, count, 0)
+            low, high = low + (part & 0xFFFF), high + ((part >> 16) & 0xFFFF)
+            low_before = low_before + (part_before & 0xFFFF)
+            high_before = high_before + ((part_before >> 16) & 0xFFFF)
+    return tl.interleave(low, high), tl.interleave(low_before, high_before)
 
 
 @triton.jit
@@ -78,22 +108,18 @@ def _slots_kernel(
     n_experts,
     top_k,
     align,
-    blocks,
+    share,
     PAIRS: tl.constexpr,
     EXPERTS: tl.constexpr,
-    COMPARED: tl.constexpr,
-    ROWS: tl.constexpr,
+    SUMMED: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     program = tl.program_id(0)
+    end = (program + 1) * share
+    pairs = end - share + tl.arange(0, PAIRS)
+    expert = tl.load(indices_ptr + pairs, mask=pairs < n_pairs, other=-1)  # before there is something to wait for
     experts = tl.arange(0, EXPERTS)
-    counts = tl.zeros((EXPERTS,), dtype=tl.int32)
-    before = tl.zeros((EXPERTS,), dtype=tl.int32)
-    for first in range(0, tl.num_programs(0), ROWS):
-        rows = first + tl.arange(0, ROWS)
-        real = (rows < tl.num_programs(0))[:, None] & (experts < n_experts)[None, :]
-        part = tl.load(histogram_ptr + rows[:, None] * n_experts + experts[None, :], mask=real, other=0).to(tl.int32)
-        counts += tl.sum(part, axis=0)
-        before += tl.sum(tl.where((rows < program)[:, None], part, 0), axis=0)
+    counts, before = _counts(histogram_ptr, program, EXPERTS, SUMMED, PACKED)
     filled = (counts + align - 1) // align * align
     offsets = tl.cumsum(filled, axis=0)
     if program == 0:
@@ -101,15 +127,17 @@ def _slots_kernel(
         tl.store(counts_ptr + experts, counts, mask=experts < n_experts)
     base = offsets - filled + before
 
-    for this in range(program * blocks, program * blocks + blocks):
-        pairs = this * PAIRS + tl.arange(0, PAIRS)
-        expert = tl.load(indices_ptr + pairs, mask=pairs < n_pairs, other=-1)
-        rank = _rank_in_block(indices_ptr, this, expert, n_pairs, PAIRS, COMPARED)
+    for first in range(end - share, end, PAIRS):
+        pairs = first + tl.arange(0, PAIRS)
+        ahead = pairs + PAIRS
+        following = tl.load(indices_ptr + ahead, mask=(ahead < n_pairs) & (ahead < end), other=-1)
+        rank = _rank_in_block(expert, PAIRS)
         slot = tl.where(expert >= 0, tl.gather(base, tl.maximum(expert, 0), 0) + rank, -1)
         tl.store(slot_of_token_ptr + pairs, slot, mask=pairs < n_pairs)
         tl.store(token_of_slot_ptr + slot, pairs // top_k, mask=expert >= 0)
-        if this + 1 < program * blocks + blocks:
+        if first + PAIRS < end:
             base += tl.histogram(tl.maximum(expert, 0), EXPERTS, mask=expert >= 0)
+        expert = following
 
 
 @triton.jit
@@ -186,16 +214,16 @@ def routing_tables(indices: Tensor, n_experts: int, align: int = 1) -> tuple[Ten
         return slot_of_token, token_of_slot, offsets, counts
     offsets, counts = torch.empty((2, n_experts), dtype=torch.int32, device=device).unbind()
     experts = max(2, triton.next_power_of_2(n_experts))
-    all_blocks = triton.cdiv(n_pairs, PAIRS)
-    blocks = min(BLOCKS, triton.cdiv(all_blocks, PROGRAMS))
-    programs = triton.cdiv(all_blocks, blocks)
-    histogram = torch.empty((programs, n_experts), dtype=torch.int16, device=device)
+    share = PAIRS * min(BLOCKS, triton.cdiv(n_pairs, PAIRS * PROGRAMS))  # pairs of a program
+    programs = triton.cdiv(n_pairs, share)
+    histogram = torch.empty((programs, experts), dtype=torch.int16, device=device)
+    counted = min(COUNTED, triton.next_power_of_2(share))
     _histogram_kernel[(programs,)](
-        indices, histogram, token_of_slot, n_pairs, n_experts, n_slots, blocks, PAIRS=PAIRS, EXPERTS=experts
+        indices, histogram, token_of_slot, n_pairs, n_slots, share, PAIRS=counted, EXPERTS=experts
     )
     _slots_kernel[(programs,)](
         indices,
-        histogram,
+        histogram.view(torch.int32),
         slot_of_token,
         token_of_slot,
         offsets,
@@ -204,11 +232,11 @@ def routing_tables(indices: Tensor, n_experts: int, align: int = 1) -> tuple[Ten
         n_experts,
         indices.shape[1],
         align,
-        blocks,
+        share,
         PAIRS=PAIRS,
         EXPERTS=experts,
-        COMPARED=COMPARED,
-        ROWS=max(1, min(PROGRAMS, SUMMED // experts)),
+        SUMMED=SUMMED,
+        PACKED=min(SUMMED, 1 << (0xFFFF // share).bit_length() - 1),  # a power of two, the sum below 2^16
         num_warps=WARPS,
     )
     return slot_of_token, token_of_slot, offsets, counts

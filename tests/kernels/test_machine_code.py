@@ -80,10 +80,14 @@ def test_sum_of_squares_reads_16_bytes_at_a_time():
 def test_router_and_tables_build_without_spills(experts):
     logits = fp32(T, experts)
     built = build("router_topk", logits, fp32(experts), 8, 8, 4, 2.5)
-    assert built[0].count(r"\bC?REDUX") >= 16  # maxima over a warp are single instructions
+    if experts == 256:
+        assert built[0].count(r"\bC?REDUX") == 16  # maxima over a warp are single instructions
+    assert built[0].count(r"\bVIMNMX") <= 180, "the eight best are sought in the groups that stay, not in all"
     built += build("router_topk_backward", fp32(T, 8), logits, int32(T, 8), 2.5)
     built += build("balance_loss_backward", fp32(2), logits, 8, 4096)
     built += build("routing_tables", int32(T, 8), experts)
+    # Histograms are added where they were loaded and ranks where pairs are compared: nothing crosses warps but scans.
+    assert built[-1].count(r"\bBAR\.SYNC") <= 12 and built[-1].count("SHFL") <= 8 and built[-1].count("P2R") == 0
     assert len(built) == 6
     assert [part.spills for part in built] == [0] * 6
 
