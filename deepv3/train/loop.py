@@ -25,7 +25,7 @@ from deepv3.errors import CheckpointError, Stopped
 from deepv3.optim.ema import WeightAverage
 from deepv3.optim.engine import build_engine
 from deepv3.pipeline.build import Placement, build_pipeline
-from deepv3.train import memory, metrics
+from deepv3.train import garbage, memory, metrics
 from deepv3.train.events import EventLog, note_end
 from deepv3.train.faults import Votes
 from deepv3.train.guards import Guards, Verdict
@@ -144,6 +144,10 @@ class Run:
 
     def train(self) -> None:
         """Steps until the end; Stopped if a signal asked for it (state saved), NumericsError after too many skips."""
+        with garbage.steady() as collector:
+            self._train(collector)
+
+    def _train(self, collector: garbage.Collector) -> None:
         cuda, every = self.device.type == "cuda", self.cfg.checkpoint.every
         pending: StepRecord | None = None
         saver = Saver(self.dir, self.engine, self.model, self.ema, self.grid, self.cfg)
@@ -158,6 +162,7 @@ class Run:
             self.window.before(plan.step)
             record = train_step(self, plan, batches, self.guards.votes())
             self.window.after(plan.step)
+            collector.step(plan.step)
             self.at = plan.after
             last, due, validate = self.fraction() >= 1, self._due(every), self._due(self.cfg.train.eval_every)
             verdicts = [self._report(pending)] if pending is not None else []
@@ -168,6 +173,8 @@ class Run:
             if any(self._rewind(verdict) for verdict in verdicts):
                 continue
             wanted = any(verdict.stop for verdict in verdicts)
+            if validate or due or last:
+                collector.pause()
             if validate or last:
                 with self.pauses.span("validation"):
                     self._validate()
