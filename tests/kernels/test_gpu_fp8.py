@@ -19,6 +19,13 @@ from deepv3.kernels.reference.quantise import dequantise_blocks, dequantise_colu
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True)
+def memory_is_given_back():
+    """Several processes share the GPU: what torch keeps for the next test, another process lacks."""
+    yield
+    torch.cuda.empty_cache()
+
+
 def same_as_on_cpu(name: str, *args) -> None:
     """The kernel on the GPU gives the bits of the reference on the CPU."""
     here = [value.cpu() if isinstance(value, torch.Tensor) else value for value in args]
@@ -95,7 +102,7 @@ def test_norm_with_quantisation_equals_norm_then_quantisation(tokens, width, res
     assert_same(again, kernels.quantise_columns(y, pow2), "rmsnorm_fp8_columns")
 
 
-@pytest.mark.parametrize(("rows", "width"), [(32768, 2048), (5000, 1408), (1, 128)])
+@pytest.mark.parametrize(("rows", "width"), [(16384, 2048), (5000, 1408), (1, 128)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_swiglu_with_quantisation_equals_its_parts(rows, width, weighted):
     m = Maker(3, torch.bfloat16, "cuda")
@@ -125,7 +132,7 @@ def gluon_returns():
 
 
 NAMES = [(op, name) for op, table in gemm8.BACKENDS.items() for name in table] if torch.cuda.is_available() else []
-DENSE = [(4096, 2112, 7168), (4096, 1536, 24576), (4096, 7168, 2048), (128, 128, 128), (64, 576, 512)]
+DENSE = [(4096, 2112, 7168), (1024, 768, 24576), (2048, 7168, 2048), (128, 128, 128), (64, 576, 512)]
 RAGGED = [(1000, 576, 2112), (1, 16, 128), (130, 2112, 144), (4097, 1408, 2048)]
 ENDS = {
     "balanced": [1024, 2048, 3072, 4096],
