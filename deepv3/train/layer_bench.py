@@ -25,6 +25,7 @@ from deepv3.model.router import Routing
 from deepv3.model.transformer import DTYPES
 from deepv3.precision.linear import Place
 from deepv3.precision.recipe import Recipe, recipe_of
+from deepv3.train import garbage
 from deepv3.train.kernel_table import kernel_table
 
 REPEATS, WARMUP = 20, 5
@@ -113,13 +114,14 @@ def measure(cfg: Config, ranks: int) -> str:
     for _ in range(WARMUP):
         once(block, layout, x, dy)
     laps = []
-    for _ in range(REPEATS):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        marks[0].record()
-        once(block, layout, x, dy, marks[1].record)
-        marks[2].record()
-        laps.append(marks)
-    torch.cuda.synchronize()
+    with garbage.steady():
+        for _ in range(REPEATS):
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+            marks[0].record()
+            once(block, layout, x, dy, marks[1].record)
+            marks[2].record()
+            laps.append(marks)
+        torch.cuda.synchronize()
     forward, backward, both = (
         [a.elapsed_time(b) for a, b in ((lap[i], lap[j]) for lap in laps)] for i, j in ((0, 1), (1, 2), (0, 2))
     )
