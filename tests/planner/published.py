@@ -151,10 +151,12 @@ class Ours:
         return (max(rank.total for rank in Memory(self.row.layout, cal).ranks()) - cal.workspace.value) / GIB
 
 
-def ours(name: str, m: ModelConfig, precision: str, micro: int, count: int, rate: float, gib: float) -> Ours:
-    """A run of docs/benchmarks.md on one H200. count: micro-batches a step; gib: most that torch allocated."""
+def ours(
+    name: str, m: ModelConfig, precision: str, micro: int, count: int, rate: float, gib: float, device: str = "h200"
+) -> Ours:
+    """A run of docs/benchmarks.md on one device. count: micro-batches a step; gib: most that torch allocated."""
     layout = on(
-        "h200", 1, m=replace(m, num_nextn_predict_layers=0), pp=1, ep=1, precision=precision, recompute="selective",
+        device, 1, m=replace(m, num_nextn_predict_layers=0), pp=1, ep=1, precision=precision, recompute="selective",
         micro=micro, batch=micro * count, moment_bytes=2,
     )  # fmt: skip
     return Ours(Row(name, layout, rate), gib)
@@ -167,4 +169,6 @@ OURS = (
     ours("V3-shaped stack, BF16", _STACK, "bf16", 1, 4, 35_107, 39.9),
     ours("V3-shaped stack, FP8", _STACK, "fp8", 1, 4, 39_816, 46.8),
     ours("`mini`, FP8", model("mini"), "fp8", 2, 4, 60_293, 85.2),
+    ours("V3-shaped stack on an H100, BF16", _STACK, "bf16", 1, 4, 34_384, 39.9, "h100"),
+    ours("V3-shaped stack on an H100, FP8", _STACK, "fp8", 1, 4, 40_406, 46.8, "h100"),
 )
