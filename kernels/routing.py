@@ -22,7 +22,7 @@ from deepv3.kernels.reference.routing import row_bound
 PAIRS = 128  # of a block; times experts below 2^24, so that FP32 holds the keys
 COUNTED = 1024  # pairs that are counted at once
 PROGRAMS = 128  # histograms that every program reads: few
-SUMMED = 64  # of them under way at once
+SUMMED = 16384  # counts a program has under way: 64 words a lane
 WARPS = 4  # of the second launch
 BLOCKS = 255  # of a program at most, so that its counts fit 16 bits
 COPY_ELEMENTS = 4096
@@ -46,7 +46,8 @@ def _histogram_kernel(
         pairs = first + tl.arange(0, PAIRS)
         expert = tl.load(indices_ptr + pairs, mask=(pairs < n_pairs) & (pairs < end), other=-1)
         counts += tl.histogram(tl.maximum(expert, 0), EXPERTS, mask=expert >= 0)
-    tl.store(histogram_ptr + tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS), counts.to(tl.int16))
+    place = histogram_ptr + tl.program_id(0) * (2 * _stride(EXPERTS)) + tl.arange(0, EXPERTS)
+    tl.store(place, counts.to(tl.int16))
     for first in range(tl.program_id(0) * PAIRS, n_slots, tl.num_programs(0) * PAIRS):
         slots = first + tl.arange(0, PAIRS)
         tl.store(token_of_slot_ptr + slots, tl.full((PAIRS,), -1, tl.int32), mask=slots < n_slots)
@@ -70,29 +71,39 @@ def _rank_in_block(expert, PAIRS: tl.constexpr):
     return tl.sum(earlier, axis=0).to(tl.int32)  # along the axis a lane holds whole
 
 
+@triton.constexpr_function
+def _stride(experts):
+    """Words from one program's histogram to the next."""
+    return experts // 2 + 1
+
+
+@triton.jit
+def _packed_sums(words, PACKED: tl.constexpr):
+    ROWS: tl.constexpr = words.shape[0]
+    return tl.sum(tl.reshape(words, (ROWS // PACKED, PACKED, words.shape[1])), axis=1)
+
+
 @triton.jit
 def _counts(histogram_ptr, program, EXPERTS: tl.constexpr, SUMMED: tl.constexpr, PACKED: tl.constexpr):
     """(pairs of every expert, those of them in programs before this one): int32 [EXPERTS] each.
 
-    A lane has the counts of two neighbouring experts of one program in a word and adds PACKED of them as they are. All
-    programs' are added where they were loaded: sums over an axis that lies across warps go through shared memory, there
-    all lanes of a warp through one bank.
+    A lane reads the counts of two neighbouring experts of one program in a word, and adds PACKED of them as they are.
+    All programs' are added where they were loaded: sums over an axis that lies across warps go through shared memory,
+    there all lanes of a warp through one bank. Hence the odd `_stride`: rows do not begin where a lane could read more.
     """
     words = tl.arange(0, EXPERTS // 2)
-    zeros = tl.zeros((EXPERTS // 2,), dtype=tl.int32)
-    low, high, low_before, high_before = zeros, zeros, zeros, zeros
+    low = tl.zeros((EXPERTS // 2,), dtype=tl.int32)
+    high, low_before, high_before = low, low, low
     for first in range(0, tl.num_programs(0), SUMMED):
-        place = histogram_ptr + first * (EXPERTS // 2) + words
-        for start in tl.static_range(0, SUMMED, PACKED):
-            part, part_before = zeros, zeros
-            for index in tl.static_range(PACKED):
-                row = first + start + index
-                count = tl.load(place + (start + index) * (EXPERTS // 2), mask=row < tl.num_programs(0), other=0)
-                part += count
-                part_before += tl.where(row < program, count, 0)
-            low, high = low + (part & 0xFFFF), high + ((part >> 16) & 0xFFFF)
-            low_before = low_before + (part_before & 0xFFFF)
-            high_before = high_before + ((part_before >> 16) & 0xFFFF)
+        rows = first + tl.arange(0, SUMMED)
+        place = histogram_ptr + first * _stride(EXPERTS) + words[None, :]
+        place += tl.arange(0, SUMMED)[:, None] * _stride(EXPERTS)
+        count = tl.load(place, mask=(rows < tl.num_programs(0))[:, None], other=0)
+        part = _packed_sums(count, PACKED)
+        low, high = low + tl.sum(part & 0xFFFF, axis=0), high + tl.sum((part >> 16) & 0xFFFF, axis=0)
+        part = _packed_sums(tl.where((rows < program)[:, None], count, 0), PACKED)
+        low_before += tl.sum(part & 0xFFFF, axis=0)
+        high_before += tl.sum((part >> 16) & 0xFFFF, axis=0)
     return tl.interleave(low, high), tl.interleave(low_before, high_before)
 
 
@@ -216,14 +227,15 @@ def routing_tables(indices: Tensor, n_experts: int, align: int = 1) -> tuple[Ten
     experts = max(2, triton.next_power_of_2(n_experts))
     share = PAIRS * min(BLOCKS, triton.cdiv(n_pairs, PAIRS * PROGRAMS))  # pairs of a program
     programs = triton.cdiv(n_pairs, share)
-    histogram = torch.empty((programs, experts), dtype=torch.int16, device=device)
+    histogram = torch.empty((programs, _stride(experts)), dtype=torch.int32, device=device)
     counted = min(COUNTED, triton.next_power_of_2(share))
     _histogram_kernel[(programs,)](
-        indices, histogram, token_of_slot, n_pairs, n_slots, share, PAIRS=counted, EXPERTS=experts
+        indices, histogram.view(torch.int16), token_of_slot, n_pairs, n_slots, share, PAIRS=counted, EXPERTS=experts
     )
+    summed = max(1, min(64, SUMMED // experts))
     _slots_kernel[(programs,)](
         indices,
-        histogram.view(torch.int32),
+        histogram,
         slot_of_token,
         token_of_slot,
         offsets,
@@ -235,8 +247,8 @@ def routing_tables(indices: Tensor, n_experts: int, align: int = 1) -> tuple[Ten
         share,
         PAIRS=PAIRS,
         EXPERTS=experts,
-        SUMMED=SUMMED,
-        PACKED=min(SUMMED, 1 << (0xFFFF // share).bit_length() - 1),  # a power of two, the sum below 2^16
+        SUMMED=summed,
+        PACKED=min(summed, 1 << (0xFFFF // share).bit_length() - 1),  # a power of two, the sum below 2^16
         num_warps=WARPS,
     )
     return slot_of_token, token_of_slot, offsets, counts

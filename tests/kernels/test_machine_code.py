@@ -86,8 +86,10 @@ def test_router_and_tables_build_without_spills(experts):
     built += build("router_topk_backward", fp32(T, 8), logits, int32(T, 8), 2.5)
     built += build("balance_loss_backward", fp32(2), logits, 8, 4096)
     built += build("routing_tables", int32(T, 8), experts)
-    # Histograms are added where they were loaded and ranks where pairs are compared: nothing crosses warps but scans.
-    assert built[-1].count(r"\bBAR\.SYNC") <= 12 and built[-1].count("SHFL") <= 8 and built[-1].count("P2R") == 0
+    # Histograms are added where they were loaded, all loads before the first sum; pairs compared without predicates.
+    tables = built[-1]
+    assert tables.count(r"\bBAR\.SYNC") <= 20 and tables.count("SHFL") <= 16 and tables.count("P2R") == 0
+    assert experts == 64 or tables.registers > 128
     assert len(built) == 6
     assert [part.spills for part in built] == [0] * 6
 
