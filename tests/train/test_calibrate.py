@@ -98,6 +98,13 @@ def test_flops_are_those_that_the_planner_counts(measured):
         assert found == pytest.approx(expected, rel=2e-3), name
 
 
+def test_the_fastest_quarter_of_the_steps_gives_rows(measured):
+    _, _, steps, _ = measured
+    slower = [replace(step, step=1e3 + step.step) for step in steps]
+    assert bench.fastest(steps) == [min(steps, key=lambda step: step.step)]
+    assert {step.step for step in bench.fastest([*slower, *steps, *slower])} == {step.step for step in steps}
+
+
 def test_nothing_stays_wrapped():
     names = ("grouped_mm", "fp8_mm", "quantise_blocks")
     before = [getattr(kernels, name) for name in names] + [torch.mm, torch.Tensor.backward]
