@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from deepv3.arithmetic import activation_bytes, buffer_bytes, slot_bytes, wire_bytes
-from deepv3.errors import ResourceError
 from deepv3.pipeline.actions import BACKWARD, FORWARD, WEIGHT_GRAD, parts
 from deepv3.planner.calibration import Calibration
 from deepv3.planner.hardware import GIB
@@ -201,10 +200,3 @@ def misfit(ranks: list[RankMemory], layout: Layout) -> str:
         f"{layout.cluster.device.name} has {capacity / GIB:.1f}: {listed}. Largest: "
         + "; ".join(f"{part}: {KNOBS[part]}" for part in largest)
     )
-
-
-def require_fit(ranks: list[RankMemory], layout: Layout) -> None:
-    """Raise ResourceError for a layout that does not fit."""
-    reason = misfit(ranks, layout)
-    if reason:
-        raise ResourceError(reason)

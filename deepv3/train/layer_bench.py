@@ -105,9 +105,14 @@ def once(block: Block, layout: Layout, x: Tensor, dy: Tensor, mark: Callable[[],
 
 
 def measure(cfg: Config, ranks: int) -> str:
-    """Milliseconds of the layer on this CUDA device, forward and backward, and where they go; markdown, then text."""
+    """Milliseconds of the layer on this CUDA device, forward and backward, and where they go; markdown, then text.
+
+    ConfigError where there is no such device, or the ranks do not divide the experts.
+    """
     from torch.profiler import ProfilerActivity, profile
 
+    if not torch.cuda.is_available():
+        raise ConfigError("what=layer measures a CUDA device, and there is none here")
     device = torch.device("cuda")
     torch.manual_seed(cfg.seed)
     block, layout, x, dy = build(cfg, ranks, device)

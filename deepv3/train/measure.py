@@ -7,21 +7,21 @@ from pathlib import Path
 
 from deepv3.errors import ConfigError
 
-DEFAULTS = {
+KEYS = {  # of the bench itself, and what stands where one is not given; an empty number is the measurement's own
     "what": "",
-    "steps": "40",
-    "rounds": "2",
-    "processes": "1",
+    "steps": "",
+    "rounds": "",
+    "processes": "",
     "peer": "none",
     "tokenizer": "",
     "device": "",
-    "ranks": "64",
+    "ranks": "",
 }
 
 
 def read(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     """Own keys and the rest; ConfigError for a measurement that does not exist."""
-    own, rest = dict(DEFAULTS), []
+    own, rest = dict(KEYS), []
     for argument in argv:
         key, _, value = argument.partition("=")
         if key in own:
@@ -37,19 +37,26 @@ def read(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     return own, rest
 
 
+def number(own: dict[str, str], key: str, default: int) -> int:
+    """The value of an own key, `default` where it was not given; ConfigError for what is no whole number above 0."""
+    text = own[key] or str(default)
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{key} = {text} is no whole number above 0; give e.g. {key}={default}")
+    return int(text)
+
+
 def train(own: dict[str, str], rest: list[str]) -> str:
     from deepv3.train.bench import compare
 
-    return compare(
-        int(own["processes"]), int(own["steps"]), int(own["rounds"]), own["peer"], Path(own["tokenizer"]), rest
-    )
+    processes, steps, rounds = number(own, "processes", 1), number(own, "steps", 40), number(own, "rounds", 2)
+    return compare(processes, steps, rounds, own["peer"], Path(own["tokenizer"]), rest)
 
 
 def profile(own: dict[str, str], rest: list[str]) -> str:
     from deepv3.config.compose import compose
     from deepv3.train import bench
 
-    return bench.profile(compose(rest), steps=int(own["steps"]) if own["steps"] != DEFAULTS["steps"] else 2)
+    return bench.profile(compose(rest), steps=number(own, "steps", 2))
 
 
 def calibration(own: dict[str, str], rest: list[str]) -> str:
@@ -69,7 +76,7 @@ def layer(own: dict[str, str], rest: list[str]) -> str:
     from deepv3.config.compose import compose
     from deepv3.train import layer_bench
 
-    return layer_bench.measure(compose(rest or ["+config=v3_671b"]), int(own["ranks"]))
+    return layer_bench.measure(compose(rest or ["+config=v3_671b"]), number(own, "ranks", 64))
 
 
 def exchange(own: dict[str, str], rest: list[str]) -> str:
@@ -78,8 +85,8 @@ def exchange(own: dict[str, str], rest: list[str]) -> str:
     unknown = [argument for argument in rest if not argument.startswith("tokens=")]
     if unknown:
         raise ConfigError(f"what=exchange takes rounds=N and tokens=N, not {' '.join(unknown)}")
-    tokens = int(rest[-1].partition("=")[2]) if rest else 0
-    return exchange_bench.report(int(own["rounds"]) if own["rounds"] != DEFAULTS["rounds"] else 10, tokens)
+    tokens = number({"tokens": rest[-1].partition("=")[2]}, "tokens", 8192) if rest else 0
+    return exchange_bench.report(number(own, "rounds", 10), tokens)
 
 
 def kernels(own: dict[str, str], rest: list[str]) -> str:

@@ -40,7 +40,7 @@ def _text(value: object, draw: random.Random) -> str:
 def _argument(draw: random.Random) -> str:
     kind = draw.random()
     field = draw.choice(FIELDS)
-    if kind < 0.5:
+    if kind < 0.6:
         return f"{field}={_text(odd_value(draw), draw)}"
     if kind < 0.7:
         return f"{field}={draw.randint(1, 64)}"
