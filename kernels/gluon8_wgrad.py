@@ -7,9 +7,12 @@ a tile each. Of a step, only what needs the products lies behind them:
    wait for the next stage; three consumers lack the registers and load scales last, while two others multiply;
 2. wait for the products, scale and add.
 Results leave through shared memory in chunks of 32 columns while the next tile is multiplied. To add to what is there
-is the memory's work too (reduction by TMA): every element is added once, so the same bits come out every time. Where a
-group has few rows, memory is all that counts: a tile without chunks asks for what is there before its first products,
-adds it in registers, and writes from there.
+is the memory's work too (reduction by TMA). Programs that begin together would all send their results at once, tile
+after tile, while nothing multiplies: so every program begins amid its first tile, each at another step, and does that
+tile's first steps last. Given up: this tile leaves in two parts, the second added once the first is complete in memory.
+The order of sums is fixed, so a GPU's bits are the same every time; where the cut lies depends on its multiprocessors.
+Where a group has few rows, memory is all that counts: a tile without chunks asks for what is there before its first
+products, adds it in registers, and writes from there, every tile whole.
 """
 
 from typing import NamedTuple
@@ -73,17 +76,44 @@ def _barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
-def _wgrad_tile(tile, offsets_ptr, sizes, CONSUMERS: gl.constexpr, GROUPED: gl.constexpr, BAND: gl.constexpr):
-    """(group, row, column, first and end of the reduced rows) of a tile."""
-    n_out, n_in, n_rows, _ = sizes
+def _complete():
+    """All that this thread sent has been written, not only read from shared memory as after `tma.store_wait`."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; mov.b32 $0, $1;", "=r,r", [gl.program_id(0)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _own(tiles):
+    """Tiles of this program."""
+    return gl.cdiv(tiles - gl.program_id(0), gl.num_programs(0))
+
+
+@gluon.jit
+def _wgrad_tile(
+    turn, offsets_ptr, sizes, CONSUMERS: gl.constexpr, CUT: gl.constexpr, GROUPED: gl.constexpr, BAND: gl.constexpr
+):
+    """(group, row, column, first and end of the reduced rows, first tile again?) of a program's turn.
+
+    With CUT, a program has one turn more than tiles: the first begins amid the first tile, the last one ends there. A
+    cut at the tile's beginning, as in a program with one tile only, leaves no rows for the last turn.
+    """
+    n_out, n_in, n_rows, tiles = sizes
     tiles_m, tiles_n = gl.cdiv(n_out, 64 * CONSUMERS), gl.cdiv(n_in, 128)
+    own = _own(tiles)
+    again = turn == own
+    tile = gl.program_id(0) + gl.where(again, 0, turn) * gl.num_programs(0)
     group = tile // (tiles_m * tiles_n)
     tile_m, tile_n = place(tile % (tiles_m * tiles_n), tiles_m, tiles_n, BAND)
     start, end = 0, n_rows
     if GROUPED:
         start = gl.load(offsets_ptr + group - 1, mask=group > 0, other=0)
         end = gl.load(offsets_ptr + group)
-    return group, tile_m * (64 * CONSUMERS), tile_n * 128, start, end
+    if CUT:
+        share = gl.where(own > 1, gl.program_id(0), 0)
+        cut = start + share * ((end - start) // 128) // gl.num_programs(0) * 128
+        start, end = gl.where(turn == 0, cut, start), gl.where(again, cut, end)
+    return group, tile_m * (64 * CONSUMERS), tile_n * 128, start, end, again
 
 
 @gluon.jit
@@ -94,6 +124,7 @@ def _wgrad_producer(
     stages,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
+    CUT: gl.constexpr,
     GROUPED: gl.constexpr,
     BAND: gl.constexpr,
 ):
@@ -101,8 +132,8 @@ def _wgrad_producer(
     n_out, n_in, _, tiles = sizes
     a, b, s, t, full, empty = stages
     stage, phase = 0, 1
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        _, row, col, start, end = _wgrad_tile(tile, offsets_ptr, sizes, CONSUMERS, GROUPED, BAND)
+    for turn in range(_own(tiles) + 1 if CUT else _own(tiles)):
+        group, row, col, start, end, again = _wgrad_tile(turn, offsets_ptr, sizes, CONSUMERS, CUT, GROUPED, BAND)
         for first in range(start, end, 128):
             mbarrier.wait(empty.index(stage), phase)
             ready = full.index(stage)
@@ -133,10 +164,10 @@ def _send(
     col,
     quarters,
     c,
+    add,
     FIRST: gl.constexpr,
     PART: gl.constexpr,
     CHUNKS: gl.constexpr,
-    ACCUMULATE: gl.constexpr,
 ):
     """As many 32 columns from the FIRST on as there is room for, once the chunks that took their places have left."""
     LAST: gl.constexpr = FIRST + CHUNKS if FIRST + CHUNKS < 4 else 4
@@ -148,21 +179,21 @@ def _send(
     gl.thread_barrier()
     for i in gl.static_range(FIRST, LAST):
         chunk = c.index(PART * CHUNKS + i % CHUNKS)
-        if ACCUMULATE:
+        if add:
             reduce_add(out, [group, row, col + i * 32], chunk)
         else:
             tma.async_copy_shared_to_global(out, [group, row, col + i * 32], chunk)
 
 
 @gluon.jit
-def _send_all(out, group, row, col, total, c, PART: gl.constexpr, CHUNKS: gl.constexpr, ACCUMULATE: gl.constexpr):
-    """A consumer's results, 32 columns by 32."""
+def _send_all(out, group, row, col, total, c, add, PART: gl.constexpr, CHUNKS: gl.constexpr):
+    """A consumer's results, 32 columns by 32, added or stored."""
     even, odd = gl.split(gl.permute(gl.reshape(total, (64, 2, 2, 32)), (0, 3, 1, 2)))
     zeroth, second = gl.split(even)
     first, third = gl.split(odd)
     quarters = (zeroth, first, second, third)
     for i in gl.static_range(0, 4, CHUNKS):
-        _send(out, group, row, col, quarters, c, i, PART, CHUNKS, ACCUMULATE)
+        _send(out, group, row, col, quarters, c, add, i, PART, CHUNKS)
 
 
 @gluon.jit
@@ -189,11 +220,12 @@ def _wgrad_consumer(
     out, grad_ptr, offsets_ptr, sizes, stages, c = to
     n_out, _, _, tiles = sizes
     a, b, s, t, full, empty = stages
+    CUT: gl.constexpr = CHUNKS > 0
     SCALES_BEHIND: gl.constexpr = CONSUMERS == 2 and CHUNKS > 0  # there are registers for them
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     stage, phase, before = 0, 0, -1
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        group, row, col, start, end = _wgrad_tile(tile, offsets_ptr, sizes, CONSUMERS, GROUPED, BAND)
+    for turn in range(_own(tiles) + 1 if CUT else _own(tiles)):
+        group, row, col, start, end, again = _wgrad_tile(turn, offsets_ptr, sizes, CONSUMERS, CUT, GROUPED, BAND)
         row += PART * 64
         total = gl.zeros((64, 128), gl.float32, MMA)
         if CHUNKS == 0:
@@ -216,9 +248,11 @@ def _wgrad_consumer(
                 scale = _scales(s.index(mine), t.index(stage), MMA)
             total += part * scale
             before, stage, phase = stage, following, following_phase
-        if (not ACCUMULATE or end > start) and row < n_out:
+        if (end > start or (not ACCUMULATE and not again)) and row < n_out:
             if CHUNKS > 0:
-                _send_all(out, group, row, col, total, c, PART, CHUNKS, ACCUMULATE)
+                if again:
+                    _complete()
+                _send_all(out, group, row, col, total, c, True if ACCUMULATE else again, PART, CHUNKS)
             else:
                 if ACCUMULATE:
                     total += there
@@ -261,7 +295,7 @@ def wgrad_kernel(
             [
                 (_wgrad_consumer, (to, 0, 2, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
                 (_wgrad_consumer, (to, 1, 2, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
-                (_wgrad_producer, (operands, offsets_ptr, sizes, stages, 2, STAGES, GROUPED, BAND)),
+                (_wgrad_producer, (operands, offsets_ptr, sizes, stages, 2, STAGES, CHUNKS > 0, GROUPED, BAND)),
             ],
             [4, 1],
             [232, 40],
@@ -272,7 +306,7 @@ def wgrad_kernel(
                 (_wgrad_consumer, (to, 0, 3, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
                 (_wgrad_consumer, (to, 1, 3, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
                 (_wgrad_consumer, (to, 2, 3, STAGES, CHUNKS, GROUPED, ACCUMULATE, BAND)),
-                (_wgrad_producer, (operands, offsets_ptr, sizes, stages, 3, STAGES, GROUPED, BAND)),
+                (_wgrad_producer, (operands, offsets_ptr, sizes, stages, 3, STAGES, CHUNKS > 0, GROUPED, BAND)),
             ],
             [4, 4, 1],
             [160, 160, 24],

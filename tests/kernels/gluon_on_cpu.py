@@ -2,8 +2,9 @@
 
 Triton cannot interpret Gluon. Here every name of the language that the kernels use stands for plain torch, so indices,
 masks, scales and above all the barriers' protocol are those of the source. Everything asynchronous happens as late as
-it may: a product reads shared memory when it is waited for, a store leaves when the next one waits. So a stage handed
-back too early, or a buffer overwritten too early, gives a wrong number; a wrong phase stands still and is reported.
+it may: a product reads shared memory when it is waited for, a store when the next one waits, and it is written at the
+end, the last one first, if nobody waits for that. So a stage handed back too early, or a buffer overwritten too early,
+or a sum to what is not there yet, gives a wrong number; a wrong phase stands still and is reported.
 Not shown: what the compiler makes of it, layouts, and the order of memory accesses among the warps of one group.
 """
 
@@ -163,11 +164,29 @@ class Machine:
         return self.sent.queue
 
     def store_wait(self, pending: int) -> None:
+        """All but the last ones have read shared memory."""
         queue = self.queue()
         while len(queue) > pending:
             descriptor, coordinates, source, add = queue.pop(0)
             inside, tile = descriptor.window(coordinates)
-            descriptor.view[inside] = source.values[tile] + (descriptor.view[inside] if add else 0)
+            self.read().append((descriptor.view, inside, source.values[tile].clone(), add))
+
+    def read(self) -> list[Any]:
+        if not hasattr(self.sent, "read"):
+            self.sent.read = []
+        return self.sent.read
+
+    def complete(self, reads: list[Any]) -> None:
+        """These are written."""
+        for view, inside, values, add in reads:
+            view[inside] = values + (view[inside] if add else 0)
+        self.read().clear()
+
+    def assembly(self, text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
+        if "wait_group 0" in text:
+            self.store_wait(0)
+            self.complete(self.read())
+        return args[0]
 
     def multiply(self, a: Shared, b: Shared) -> Later:
         self.issued().append(Later(a, b))
@@ -193,6 +212,7 @@ class Machine:
             try:
                 function(*args)
                 assert not self.queue() and not self.issued(), "a partition ends with a store or product under way"
+                self.complete(self.read()[::-1])
             except BaseException as failure:
                 failures.append(failure)
 
@@ -228,7 +248,7 @@ class Machine:
             allocate_shared_memory=self.allocate,
             warp_specialize=self.specialise,
             thread_barrier=lambda: None,
-            inline_asm_elementwise=lambda asm, constraints, args, dtype, is_pure, pack: args[0],
+            inline_asm_elementwise=self.assembly,
             NVMMADistributedLayout=lambda **how: None,
             BlockedLayout=lambda *how: None,
             SliceLayout=lambda *how: None,

@@ -24,7 +24,7 @@ ENDS = {"first empty": [0, 128, 384], "last empty": [256, 384, 384], "all empty"
 
 @pytest.fixture
 def kernel_on_cpu(monkeypatch) -> OnCpu:
-    """Launches run the kernel as Python, three programs wide."""
+    """Launches run the kernel as Python, three programs wide: of six tiles, each has two and begins amid the first."""
     stand_in = OnCpu("wgrad_kernel", gluon8, gluon8_wgrad)
     for module in (gluon8, gluon8_wgrad):
         monkeypatch.setattr(module, "describe", Descriptor)
@@ -61,6 +61,53 @@ def test_grouped_weight_gradient_of_uneven_experts(ends, accumulate, tile, kerne
     assert relative_norm(grad, expected) <= 1e-6
 
 
+@pytest.mark.parametrize("tile", [TILES[0], FEW[0], TILES[-1]], ids=str)
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("programs", [2, 5, 12])
+@pytest.mark.parametrize("rows", [128, 300, 1100])
+def test_weight_gradient_wherever_programs_begin(rows, programs, accumulate, tile, kernel_on_cpu, monkeypatch):
+    """1, 3 and 9 steps; more and fewer programs than steps; programs with one tile and with several."""
+    monkeypatch.setattr(gluon8_wgrad, "multiprocessors", lambda device: programs)
+    grad, expected = gradients("fp8_wgrad_", tile, accumulate, 6, rows=rows, n=400, k=400)
+    assert relative_norm(grad, expected) <= 1e-6
+
+
+@pytest.fixture
+def log(monkeypatch) -> list[tuple[str, int, list[int]]]:
+    """What programs copy, store and add, in their order: (which of these, program, coordinates)."""
+    calls = []
+    for name in ("copy_in", "copy_out", "add_out"):
+        call = getattr(gluon_on_cpu.Machine, name)
+
+        def noted(self, descriptor, coordinates, *more, name=name, call=call):
+            calls.append((name, int(self.program), [int(c) for c in coordinates]))
+            call(self, descriptor, coordinates, *more)
+
+        monkeypatch.setattr(gluon_on_cpu.Machine, name, noted)
+    return calls
+
+
+def test_programs_begin_at_different_steps_unless_they_have_one_tile(kernel_on_cpu, log):
+    def begun(n: int) -> list[int]:
+        log.clear()
+        gradients("fp8_wgrad_", TILES[0], True, 7, rows=768, n=n, k=384)
+        firsts = {program: place[1] for call, program, place in reversed(log) if call == "copy_in" and len(place) == 2}
+        return [firsts[program] for program in range(3)]
+
+    assert begun(384) == [0, 256, 512]
+    assert begun(192) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(("rows", "cut"), [(128, 0), (768, 2)])
+def test_a_tile_leaves_once_unless_its_first_steps_come_last(rows, cut, accumulate, kernel_on_cpu, log):
+    """Six tiles of three consumers with four times 32 columns; the first of three programs begins at a tile."""
+    gradients("fp8_wgrad_", TILES[0], accumulate, 8, rows=rows, n=384, k=384)
+    sent = [call for call, *_ in log]
+    stored, added = (0, 6 + cut) if accumulate else (6, cut)
+    assert (sent.count("copy_out"), sent.count("add_out")) == (12 * stored, 12 * added)
+
+
 HAND_BACK = "empty.index(gl.maximum(before, 0)), count=1, pred=before >= 0"
 MISTAKES = {
     "a stage is handed back before it is read": {HAND_BACK: "empty.index(stage), count=1"},
@@ -71,7 +118,20 @@ MISTAKES = {
     "a group without rows awaits its first stage": {"pred=start < end": "pred=True"},
     "the phase never turns": {"phase ^ 1": "phase"},
     "chunks change places": {"(zeroth, first, second, third)": "(zeroth, second, first, third)"},
-    "what was there is lost": {"        if ACCUMULATE:\n": "        if False:\n"},
+    "what was there is lost": {"True if ACCUMULATE else again": "again"},
+    "a tile's two parts overlap": {"gl.where(again, cut, end)": "end"},
+    "a tile's second part is another's": {"gl.where(again, 0, turn)": "gl.minimum(turn, own - 1)"},
+}
+STORED = {
+    "the second part is stored over the first": {"True if ACCUMULATE else again": "False"},
+    "the second part is added before the first is there": {
+        "                    _complete()\n": "                    pass\n"
+    },
+    "a second part without rows is stored": {
+        "not ACCUMULATE and not again": "not ACCUMULATE",
+        "True if ACCUMULATE else again": "again and end > start",
+    },
+    "a group without rows keeps what was there": {"(not ACCUMULATE and not again)": "False"},
 }
 WITHOUT_CHUNKS = {
     "what was there is not added": {"                    total += there\n": "                    pass\n"},
@@ -80,16 +140,17 @@ WITHOUT_CHUNKS = {
 }
 
 
-@pytest.mark.parametrize("mistake", [*MISTAKES, *WITHOUT_CHUNKS])
+@pytest.mark.parametrize("mistake", [*MISTAKES, *WITHOUT_CHUNKS, *STORED])
 def test_a_mistake_is_found(mistake, kernel_on_cpu, monkeypatch):
     """What the tests above would have missed if they passed for another reason."""
     monkeypatch.setattr(gluon_on_cpu, "PATIENCE", 0.5)
-    edits = (MISTAKES | WITHOUT_CHUNKS)[mistake]
+    edits = (MISTAKES | WITHOUT_CHUNKS | STORED)[mistake]
     assert all(any(old in source for source in kernel_on_cpu.sources.values()) for old in edits)
     kernel_on_cpu.edits, kernel_on_cpu.lag = edits, 0.01
     shape = {"ends": [512, 640, 640], "rows": 640, "n": 256, "k": 272}
     with pytest.raises(AssertionError):
-        grad, expected = gradients("grouped_fp8_wgrad_", WgradTile(2, 2, 2 * (mistake in MISTAKES)), True, 5, **shape)
+        tile = WgradTile(2, 2, 0 if mistake in WITHOUT_CHUNKS else 2)
+        grad, expected = gradients("grouped_fp8_wgrad_", tile, mistake not in STORED, 5, **shape)
         assert relative_norm(grad, expected) <= 1e-6
 
 
@@ -120,7 +181,9 @@ def test_machine_code_keeps_between_two_products_only_what_needs_the_first(group
     assert kernel.count("QGMMA.64x128x32.F32.E4M3.E4M3") == 4 * tile.consumers
     assert kernel.count("UTMALDG") == 2 * tile.consumers + 2
     if tile.chunks:
-        assert kernel.count("UTMAREDG.3D.ADD" if accumulate else "UTMASTG.3D") == 4 * tile.consumers
+        assert kernel.count("UTMAREDG.3D.ADD") == 4 * tile.consumers
+        assert kernel.count(r"CCTL\.IVALL") == tile.consumers, "a second part waits until the first is in memory"
+        assert kernel.count("UTMASTG.3D") == (0 if accumulate else 4 * tile.consumers)
         assert not kernel.count(r"\bSHFL|\bSTG|\bRED|\bATOM"), "results leave by TMA, from where the products left them"
     else:
         assert kernel.count(r"\bSTG\.E\.64") == 32 * tile.consumers
