@@ -186,9 +186,10 @@ class Machine:
         if "wait_group 0" in text:
             self.store_wait(0)
             self.complete(self.read())
-        return args[0]
+        return args[0] * args[1] + args[2] if text.startswith("fma") else args[0]
 
-    def multiply(self, a: Shared, b: Shared) -> Later:
+    def multiply(self, a: Shared, b: Shared, add: Any) -> Later:
+        assert not add, "every product here goes to a fresh accumulator"
         self.issued().append(Later(a, b))
         return self.issued()[-1]
 
@@ -275,7 +276,7 @@ class Machine:
             "tma": tma,
             "fence_async_shared": lambda: None,
             "reduce_add": self.add_out,
-            "warpgroup_mma": lambda a, b, acc, use_acc, is_async: self.multiply(a, b),
+            "warpgroup_mma": lambda a, b, acc, use_acc, is_async: self.multiply(a, b, use_acc),
             "warpgroup_mma_wait": self.product,
             "range": lambda *ends: (torch.tensor(i) for i in builtins.range(*(int(end) for end in ends))),
             "__builtins__": builtins,
