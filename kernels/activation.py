@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepv3.kernels.casts import INTERPRETED, special
-from deepv3.kernels.checks import ACTIVATIONS, FP32, block, check
+from deepv3.kernels.checks import ACTIVATIONS, FP32, block, cdiv, check, next_power_of_2
 
 ELEMENTS = 2048  # outputs of a tile: 4 warps x 32 lanes x 16
 
@@ -111,7 +111,7 @@ def swiglu(h: Tensor, weight: Tensor | None = None) -> Tensor:
     if y.numel():
         cols = block(n_cols, 1024)
         rows = max(1, ELEMENTS // cols)
-        _swiglu_kernel[(triton.cdiv(n_rows, rows) * triton.cdiv(n_cols, cols),)](
+        _swiglu_kernel[(cdiv(n_rows, rows) * cdiv(n_cols, cols),)](
             h, h if weight is None else weight, y, n_rows, n_cols, WEIGHT=weight is not None, ROWS=rows, COLS=cols
         )
     return y
@@ -127,9 +127,9 @@ def swiglu_backward(
     dweight = None if weight is None else torch.empty_like(weight)
     y = torch.empty((n_rows, n_cols), dtype=h.dtype, device=h.device) if want_output else None
     if dh.numel():
-        cols = min(triton.next_power_of_2(n_cols), 2048)
+        cols = min(next_power_of_2(n_cols), 2048)
         rows = max(1, ELEMENTS // cols)
-        _swiglu_backward_kernel[(triton.cdiv(n_rows, rows),)](
+        _swiglu_backward_kernel[(cdiv(n_rows, rows),)](
             dy,
             h,
             h if weight is None else weight,  # not touched without WEIGHT, nor y without OUTPUT

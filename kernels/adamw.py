@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepv3.kernels.checks import ACTIVATIONS, FP32, check, multiprocessors
+from deepv3.kernels.checks import ACTIVATIONS, FP32, cdiv, check, multiprocessors
 
 ELEMENTS = 1024  # parameters of a program: 8 a lane, 16-byte loads of every tensor
 SUM_ELEMENTS = 4096
@@ -117,7 +117,7 @@ def adamw_(
         raise ValueError(f"step is {step}, needed 1 or more: it counts from 1")
     if n == 0:
         return
-    _adamw_kernel[(triton.cdiv(n, ELEMENTS),)](
+    _adamw_kernel[(cdiv(n, ELEMENTS),)](
         master,
         grad,
         exp_avg,
@@ -148,7 +148,7 @@ def sum_of_squares(flat: Tensor) -> Tensor:
     check("flat", flat, (None,), FP32, flat.device)
     if flat.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=flat.device)
-    programs = min(triton.cdiv(flat.numel(), SUM_ELEMENTS), SUM_PROGRAMS * multiprocessors(flat.device))
+    programs = min(cdiv(flat.numel(), SUM_ELEMENTS), SUM_PROGRAMS * multiprocessors(flat.device))
     partial = torch.empty(programs, dtype=torch.float64, device=flat.device)
     _sum_of_squares_kernel[(programs,)](flat, partial, flat.numel(), ELEMENTS=SUM_ELEMENTS)
     return partial.sum()

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepv3.kernels.checks import FP32, check
+from deepv3.kernels.checks import FP32, cdiv, check, next_power_of_2
 from deepv3.kernels.router import ELEMENTS, LOWEST, _first_largest, _ordered
 
 SPAN = 8  # tokens whose statistics one program adds up
@@ -96,9 +96,9 @@ def balance_loss_backward(dloss: Tensor, logits: Tensor, top_k: int, seq_len: in
     check("dloss", dloss, (n_tokens // seq_len,), FP32, logits.device)
     dlogits = torch.empty_like(logits)
     if n_tokens:
-        experts = triton.next_power_of_2(n_experts)
+        experts = next_power_of_2(n_experts)
         tokens = max(1, 4 * ELEMENTS // experts)
-        _balance_backward_kernel[(triton.cdiv(n_tokens, tokens),)](
+        _balance_backward_kernel[(cdiv(n_tokens, tokens),)](
             dloss, logits, fraction, dlogits, n_tokens, n_experts, seq_len, TOKENS=tokens, EXPERTS=experts
         )
     return dlogits
@@ -112,10 +112,10 @@ def _statistics(logits: Tensor, top_k: int, seq_len: int) -> Tensor:
         raise ValueError(f"logits has {n_tokens} rows, not a multiple of seq_len {seq_len}")
     if not 1 <= top_k <= n_experts:
         raise ValueError(f"top_k is {top_k}, needed 1 to {n_experts} experts")
-    sequences, spans = n_tokens // seq_len, triton.cdiv(seq_len, SPAN)
+    sequences, spans = n_tokens // seq_len, cdiv(seq_len, SPAN)
     partial = torch.empty((sequences, spans, 2, n_experts), dtype=torch.float32, device=logits.device)
     if sequences:
-        experts = triton.next_power_of_2(n_experts)
+        experts = next_power_of_2(n_experts)
         _balance_kernel[(spans, sequences)](
             logits,
             partial,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepv3.kernels.casts import magnitude, scale_of
-from deepv3.kernels.checks import ACTIVATIONS, check, check_scales
+from deepv3.kernels.checks import ACTIVATIONS, cdiv, check, check_scales
 from deepv3.kernels.reference.quantise import BLOCK, row_scales
 
 E5M6_MAX = tl.constexpr(65024.0)
@@ -108,9 +108,7 @@ def e5m6_pack(x: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"x has {k} columns, E5M6 packs multiples of {BLOCK}")
     words, scales = torch.empty(m, k * 3 // 8, dtype=torch.int32, device=x.device), row_scales(m, k, x.device)
     if x.numel():
-        _pack_kernel[(triton.cdiv(m, ROWS) * (k // BLOCK),)](
-            x, words, scales, m, k, x.stride(0), scales.stride(1), ROWS=ROWS
-        )
+        _pack_kernel[(cdiv(m, ROWS) * (k // BLOCK),)](x, words, scales, m, k, x.stride(0), scales.stride(1), ROWS=ROWS)
     return words, scales
 
 
@@ -123,5 +121,5 @@ def e5m6_unpack(words: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat
     check_scales("scales", scales, (m, k // BLOCK), words.device)
     x = torch.empty(m, k, dtype=dtype, device=words.device)
     if x.numel():
-        _unpack_kernel[(triton.cdiv(m, ROWS) * (k // BLOCK),)](words, scales, x, m, k, scales.stride(1), ROWS=ROWS)
+        _unpack_kernel[(cdiv(m, ROWS) * (k // BLOCK),)](words, scales, x, m, k, scales.stride(1), ROWS=ROWS)
     return x

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepv3.kernels.checks import ACTIVATIONS, FP32, check
+from deepv3.kernels.checks import ACTIVATIONS, FP32, cdiv, check
 
 ROWS = 32
 COLS = 128
@@ -59,6 +59,6 @@ def embedding_wgrad_(grad: Tensor, ids: Tensor, dy: Tensor) -> None:
     if dy.numel() == 0:
         return
     ids, order = torch.sort(ids, stable=True)
-    _embedding_wgrad_kernel[(n_tokens * triton.cdiv(n_cols, COLS),)](
+    _embedding_wgrad_kernel[(n_tokens * cdiv(n_cols, COLS),)](
         grad, ids, order, dy, n_tokens, n_cols, ROWS=ROWS, COLS=COLS
     )

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-from deepv3.kernels.checks import INT32, block, check, multiprocessors
+from deepv3.kernels.checks import INT32, block, cdiv, check, multiprocessors, next_power_of_2
 
 TILE = 4096  # words that a program moves at a time
 PUSHING = 64  # programs of a push: 16 KB under way each, more than NVLink's bandwidth times latency
@@ -177,11 +177,11 @@ def _copy(rows: Tensor, targets: Tensor, counts: Tensor, me: int, items: Tensor 
     peers, words = counts.shape[0], rows.shape[1]
     cols = block(words, 1024)
     per_tile = max(1, TILE // cols)
-    tiles = triton.cdiv(capacity, per_tile) * triton.cdiv(words, cols)
+    tiles = cdiv(capacity, per_tile) * cdiv(words, cols)
     programs = PUSHING if push else 8 * multiprocessors(rows.device)
     if not tiles:
         return
-    _copy_kernel[(min(tiles, triton.cdiv(programs, peers)), peers)](
+    _copy_kernel[(min(tiles, cdiv(programs, peers)), peers)](
         rows,
         targets,
         counts,
@@ -192,7 +192,7 @@ def _copy(rows: Tensor, targets: Tensor, counts: Tensor, me: int, items: Tensor 
         peers,
         PUSH=push,
         ITEMS=items is not None,
-        PEERS=max(2, triton.next_power_of_2(peers)),
+        PEERS=max(2, next_power_of_2(peers)),
         ROWS=per_tile,
         WORDS=cols,
     )
@@ -216,7 +216,7 @@ def signal(counts: Tensor, flags: Sequence[Tensor], me: int, number: int) -> Non
         check("flags", flag, (len(flags),), INT64, counts.device)
     peers = len(flags)
     table = _table(flags, counts.device)
-    _signal_kernel[(1,)](counts, table, me, number, peers, PEERS=max(2, triton.next_power_of_2(peers)), num_warps=1)
+    _signal_kernel[(1,)](counts, table, me, number, peers, PEERS=max(2, next_power_of_2(peers)), num_warps=1)
 
 
 def wait(flags: Tensor, number: int, area: Tensor, failed: Tensor, patience: float) -> Tensor:
@@ -237,7 +237,7 @@ def wait(flags: Tensor, number: int, area: Tensor, failed: Tensor, patience: flo
         area.stride(0),
         area.shape[2],
         peers,
-        PEERS=max(2, triton.next_power_of_2(peers)),
+        PEERS=max(2, next_power_of_2(peers)),
         WORDS=1024,
         CLOCK=clock,
         num_warps=1,
@@ -262,7 +262,7 @@ def places(ranks: Tensor, slots: Tensor, counts: Tensor, capacity: int) -> Tenso
     check("counts", counts, (None,), INT32, ranks.device)
     peers, out = counts.shape[0], torch.empty_like(slots)
     if out.numel():
-        _places_kernel[(triton.cdiv(out.numel(), PAIRS),)](
+        _places_kernel[(cdiv(out.numel(), PAIRS),)](
             ranks,
             slots,
             counts,
@@ -270,7 +270,7 @@ def places(ranks: Tensor, slots: Tensor, counts: Tensor, capacity: int) -> Tenso
             out.numel(),
             capacity,
             peers,
-            PEERS=max(2, triton.next_power_of_2(peers)),
+            PEERS=max(2, next_power_of_2(peers)),
             PAIRS=PAIRS,
         )
     return out
@@ -288,7 +288,7 @@ def unpack(
     gates = torch.empty((peers * capacity, top_k), dtype=gate, device=record.device)
     here = torch.empty((peers * capacity, top_k), dtype=torch.int32, device=record.device)
     if here.numel():
-        _unpack_kernel[(triton.cdiv(capacity, RECORDS), peers)](
+        _unpack_kernel[(cdiv(capacity, RECORDS), peers)](
             record,
             counts,
             gates.view(torch.int32),
@@ -299,7 +299,7 @@ def unpack(
             top_k,
             first,
             share,
-            TOP_K=max(2, triton.next_power_of_2(top_k)),
+            TOP_K=max(2, next_power_of_2(top_k)),
             ROWS=RECORDS,
         )
     return gates, here

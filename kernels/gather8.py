@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepv3.kernels.casts import PAD_SCALE
-from deepv3.kernels.checks import INT32, check, check_rows8
+from deepv3.kernels.checks import INT32, cdiv, check, check_rows8
 from deepv3.kernels.quantise import empty_columns, empty_rows
 from deepv3.kernels.reference.quantise import BLOCK
 from deepv3.kernels.routing import strip_tile
@@ -102,7 +102,7 @@ def permute_fp8(codes: Tensor, scales: Tensor, token_of_slot: Tensor) -> tuple[T
     rows = token_of_slot.shape[0]
     out, out_scales = empty_rows(rows, k, codes.device)
     if out.numel():
-        _permute_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(k, COLS),)](
+        _permute_kernel[(cdiv(rows, ROWS) * cdiv(k, COLS),)](
             codes.view(torch.int8),
             scales,
             token_of_slot,
@@ -130,7 +130,7 @@ def requantise(
     out, out_scales = empty_columns(rows, k, codes.device)
     blocks, warps = (BLOCKS, WARPS) if token_of_slot is None else (GATHERED_BLOCKS, GATHERED_WARPS)
     if out.numel():
-        _requantise_kernel[(triton.cdiv(rows, BLOCK) * triton.cdiv(k, BLOCK),)](
+        _requantise_kernel[(cdiv(rows, BLOCK) * cdiv(k, BLOCK),)](
             codes,
             scales,
             scales if token_of_slot is None else token_of_slot,  # not read without GATHER

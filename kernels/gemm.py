@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepv3.kernels.checks import ACTIVATIONS, FP32, INT32, check
+from deepv3.kernels.checks import ACTIVATIONS, FP32, INT32, cdiv, check
 
 
 class Tile(NamedTuple):
@@ -166,7 +166,7 @@ def launch_grouped_wgrad(grad: Tensor, dy: Tensor, x: Tensor, offsets: Tensor, a
     groups, n_out, n_in = grad.shape
     if tile.descriptors:  # per thread, so per launch: backward runs on autograd's threads
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=grad.device))
-    _grouped_wgrad_kernel[(groups * triton.cdiv(n_out, tile.n) * triton.cdiv(n_in, tile.k),)](
+    _grouped_wgrad_kernel[(groups * cdiv(n_out, tile.n) * cdiv(n_in, tile.k),)](
         grad,
         dy,
         x,

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from deepv3.kernels import backends, triton8, vendors
 from deepv3.kernels.casts import INTERPRETED
-from deepv3.kernels.checks import ACTIVATIONS, E4M3, FP32, INT32, check, check_block_scales, check_rows8, check_width
+from deepv3.kernels.checks import (
+    ACTIVATIONS,
+    E4M3,
+    FP32,
+    INT32,
+    check,
+    check_block_scales,
+    check_rows8,
+    check_width,
+    next_power_of_2,
+)
 
 GLUON_FOR = "3.6."  # the Triton whose Gluon the kernels are written in
 # Versions of Triton the Gluon kernels have passed the GPU tests with, as they are now: elsewhere they run when forced
@@ -88,7 +98,7 @@ def _about(rows: int) -> int:
 
     Exactly where they are not whole tiles of the tensor cores, which an implementation may refuse.
     """
-    return rows if rows % 16 else triton.next_power_of_2(rows)
+    return rows if rows % 16 else next_power_of_2(rows)
 
 
 def _product(op: str, args: tuple[Any, ...], shape: tuple[Any, ...]) -> Tensor:

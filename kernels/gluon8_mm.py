@@ -17,7 +17,6 @@ tile: there is no pause between tiles.
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from deepv3.kernels.checks import multiprocessors
+from deepv3.kernels.checks import cdiv, multiprocessors, next_power_of_2
 from deepv3.kernels.gluon8 import BAND, STEP, flat, matrix, next_stage
 from deepv3.kernels.gluon8_tiles import count_tiles, find_tile, rows_of_tiles
 
@@ -47,13 +46,20 @@ class Tile(NamedTuple):
     def m(self) -> int:
         return 64 * self.consumers
 
+    def band(self, groups: int) -> int:
+        """Tiles along m that share columns in L2.
+
+        With groups and three consumers bands of 8 made 1177 TFLOP/s, of 16 1150, of 32 1143 (H100, geometric means).
+        """
+        return BAND // 2 if groups > 1 and self.consumers == 3 else BAND
+
     @property
     def name(self) -> str:
         return f"gluon {self.m}x{self.n}, {self.stages} stages"
 
     def fitting(self, dtype: torch.dtype, table: int) -> int:
         """Stages for which there is room beside results of this format on their way and a table of this length."""
-        lines = triton.next_power_of_2(self.m)  # of scales
+        lines = next_power_of_2(self.m)  # of scales
         leaving = self.m * (128 if self.n == 256 else self.n) * dtype.itemsize
         return min(self.stages, (SHARED - table * 4 - leaving) // ((self.m + self.n) * STEP + lines * 4))
 
@@ -339,12 +345,12 @@ def launch_mm(
 ) -> None:
     """`fp8_mm`, with offsets `grouped_fp8_mm`, into `out` and without checks."""
     (m, k), n, groups = codes.shape, weight.shape[-2], 1 if offsets is None else weight.shape[0]
-    rows_of_tiles = triton.cdiv(m, tile.m) + (0 if offsets is None else groups)  # at most
+    rows_of_tiles = cdiv(m, tile.m) + (0 if offsets is None else groups)  # at most
     tall, narrow = weight.view(-1, k), tile.n == 192
-    table = 0 if offsets is None else max(32, triton.next_power_of_2(groups))
-    mm_kernel[(min(rows_of_tiles * triton.cdiv(n, tile.n), multiprocessors(codes.device)),)](
+    table = 0 if offsets is None else max(32, next_power_of_2(groups))
+    mm_kernel[(min(rows_of_tiles * cdiv(n, tile.n), multiprocessors(codes.device)),)](
         matrix(codes, 64),
-        flat(scales.t(), triton.next_power_of_2(tile.m)),
+        flat(scales.t(), next_power_of_2(tile.m)),
         matrix(tall, 128),
         matrix(tall, 64) if narrow else None,
         matrix(out, 64, 128),
@@ -362,6 +368,6 @@ def launch_mm(
         GROUPS=table,
         N=tile.n,
         STAGES=tile.fitting(out.dtype, table),
-        BAND=BAND,
+        BAND=tile.band(groups),
         num_warps=4,
     )

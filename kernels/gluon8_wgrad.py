@@ -17,7 +17,6 @@ products, adds it in registers, and writes from there, every tile whole.
 
 from typing import NamedTuple
 
-import triton
 from torch import Tensor
 from triton._C.libtriton import ir
 from triton.experimental import gluon
@@ -31,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from deepv3.kernels.checks import multiprocessors
+from deepv3.kernels.checks import cdiv, multiprocessors
 from deepv3.kernels.gluon8 import BAND, describe, flat, matrix, next_stage, place
 
 N = 128  # columns of a tile
@@ -326,7 +325,7 @@ def launch_wgrad(
     """`fp8_wgrad_`, with offsets `grouped_fp8_wgrad_`, without checks; `grad` begins at a multiple of 16 bytes."""
     groups = 1 if offsets is None else grad.shape[0]
     n, k = grad.shape[-2:]
-    tiles = groups * triton.cdiv(n, 64 * tile.consumers) * triton.cdiv(k, N)
+    tiles = groups * cdiv(n, 64 * tile.consumers) * cdiv(k, N)
     wgrad_kernel[(min(tiles, multiprocessors(grad.device)),)](
         matrix(dy_codes, 64),
         matrix(x_codes, N),

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepv3.kernels.casts import INTERPRETED, special
-from deepv3.kernels.checks import ACTIVATIONS, check
+from deepv3.kernels.checks import ACTIVATIONS, check, next_power_of_2
 
 COLS = 32768
 WARPS = 32
@@ -112,7 +112,7 @@ def _run(logits: Tensor, labels: Tensor, scale: float, gradient: bool) -> Tensor
         # Rows that do not begin at multiples of 16 are read a number at a time: fewer of them, or addresses spill.
         most = COLS if n_cols % 16 == 0 and logits.stride(0) % 16 == 0 else COLS // 4
         # A row in two blocks at least: 32,000 columns in one took 212 us where two take 188.
-        cols = min(most, max(1024, triton.next_power_of_2(n_cols) // 2))
+        cols = min(most, max(1024, next_power_of_2(n_cols) // 2))
         warps = max(4, min(WARPS, cols // 512))
         _cross_entropy_kernel[(n_rows,)](
             logits,

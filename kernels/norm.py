@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepv3.kernels.checks import ACTIVATIONS, FP32, check, multiprocessors
+from deepv3.kernels.checks import ACTIVATIONS, FP32, cdiv, check, multiprocessors, next_power_of_2
 
 WIDEST = 65536
 FORWARD_ELEMENTS = 2048  # per program and tensor: 4 warps x 32 lanes x 16 elements
@@ -22,7 +22,7 @@ SHARED = 200 << 10  # bytes of a multiprocessor for rows on their way
 
 def rows_shape(cols: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program: 16 elements per lane and tensor, from 4 to 16 warps."""
-    columns = triton.next_power_of_2(cols)
+    columns = next_power_of_2(cols)
     rows = max(1, FORWARD_ELEMENTS // columns)
     return rows, columns, min(16, max(4, rows * columns // 512))
 
@@ -152,7 +152,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = Non
     if x.numel():
         rows, cols, warps = rows_shape(n_cols)
         added = x if residual is None else residual  # not read without RESIDUAL
-        _rmsnorm_kernel[(triton.cdiv(n_rows, rows),)](
+        _rmsnorm_kernel[(cdiv(n_rows, rows),)](
             x,
             added,
             weight,
@@ -187,7 +187,7 @@ def rmsnorm_backward(
         return dx, torch.zeros(n_cols, dtype=torch.float32, device=x.device)
     rows, cols, warps = rows_shape(n_cols)
     # As many programs as fit (120 registers a lane), and as many rows on their way to each as its shared memory holds.
-    programs = min(triton.cdiv(n_rows, rows), max(1, 16 // warps) * multiprocessors(x.device))
+    programs = min(cdiv(n_rows, rows), max(1, 16 // warps) * multiprocessors(x.device))
     read = (x, dy) if dresidual is None else (x, dy, dresidual)
     bytes_ahead = rows * cols * sum(tensor.element_size() for tensor in read) * max(1, 16 // warps)
     stages = min(STAGES, 1 + SHARED // bytes_ahead)

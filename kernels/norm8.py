@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepv3.kernels.casts import encode
-from deepv3.kernels.checks import FP32, check, check_width
+from deepv3.kernels.checks import FP32, cdiv, check, check_width
 from deepv3.kernels.norm import check_norm, rows_shape, summed_and_rstd
 from deepv3.kernels.quantise import empty_columns, empty_rows
 from deepv3.kernels.reference.quantise import BLOCK
@@ -127,7 +127,7 @@ def rmsnorm_fp8(
     if x.numel():
         rows, cols, warps = rows_shape(max(n_cols, BLOCK))
         added = x if residual is None else residual  # not read without RESIDUAL, nor y written without OUTPUT
-        _rmsnorm_fp8_kernel[(triton.cdiv(n_rows, rows),)](
+        _rmsnorm_fp8_kernel[(cdiv(n_rows, rows),)](
             x,
             added,
             weight,
@@ -160,7 +160,7 @@ def rmsnorm_fp8_columns(x: Tensor, weight: Tensor, rstd: Tensor, pow2: bool = Fa
     check("rstd", rstd, (n_rows,), FP32, x.device)
     codes, scales = empty_columns(n_rows, n_cols, x.device)
     if x.numel():
-        _columns_kernel[(triton.cdiv(n_rows, BLOCK) * triton.cdiv(n_cols, COLUMNS),)](
+        _columns_kernel[(cdiv(n_rows, BLOCK) * cdiv(n_cols, COLUMNS),)](
             x,
             weight,
             rstd,

@@ -19,7 +19,7 @@ from deepv3.kernels.casts import (
     store_rows,
     to_e4m3,
 )
-from deepv3.kernels.checks import ACTIVATIONS, check, check_rows8, check_width
+from deepv3.kernels.checks import ACTIVATIONS, cdiv, check, check_rows8, check_width
 from deepv3.kernels.reference.quantise import BLOCK, E4M3, block_scales, round_up, row_scales
 from deepv3.kernels.turn import column_words, store_columns, turn_numbers, turn_values, turned_rows
 
@@ -144,7 +144,7 @@ def quantise_rows(x: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor]:
     m, k = _check_input(x)
     codes, scales = empty_rows(m, k, x.device)
     if x.numel():
-        _rows_kernel[(triton.cdiv(m, ROWS) * triton.cdiv(k, BLOCK),)](
+        _rows_kernel[(cdiv(m, ROWS) * cdiv(k, BLOCK),)](
             x, codes, scales, m, k, x.stride(0), scales.stride(1), POW2=pow2, ROWS=ROWS, num_warps=ROWS_WARPS
         )
     return codes, scales
@@ -158,7 +158,7 @@ def _launch_columns(x: Tensor, rows: tuple[Tensor, Tensor] | None, columns: tupl
     if rows:
         cols, warps, registers = BLOCK, BOTH_WARPS, BOTH_REGISTERS
     if x.numel():
-        _columns_kernel[(triton.cdiv(m, BLOCK) * triton.cdiv(k, cols),)](
+        _columns_kernel[(cdiv(m, BLOCK) * cdiv(k, cols),)](
             x,
             codes,
             scales,
@@ -198,7 +198,7 @@ def quantise_blocks(w: Tensor, pow2: bool = False) -> tuple[Tensor, Tensor, Tens
     *groups, n, k = w.shape
     check_width("w", k)
     check_width("w, transposed,", n)
-    tiles = triton.cdiv(n, BLOCK), triton.cdiv(k, BLOCK)
+    tiles = cdiv(n, BLOCK), cdiv(k, BLOCK)
     codes, codes_t = torch.empty_like(w, dtype=E4M3), torch.empty(*groups, k, n, dtype=E4M3, device=w.device)
     scales, scales_t = (block_scales(*groups, *sizes, device=w.device) for sizes in (tiles, tiles[::-1]))
     if w.numel():
@@ -224,7 +224,5 @@ def dequantise_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.bf
     m, k = check_rows8("codes", codes, scales, codes.device)
     x = torch.empty(m, k, dtype=dtype, device=codes.device)
     if x.numel():
-        _dequantise_kernel[(triton.cdiv(m, ROWS) * triton.cdiv(k, BLOCK),)](
-            codes, scales, x, m, k, scales.stride(1), ROWS=ROWS
-        )
+        _dequantise_kernel[(cdiv(m, ROWS) * cdiv(k, BLOCK),)](codes, scales, x, m, k, scales.stride(1), ROWS=ROWS)
     return x

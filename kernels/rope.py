@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepv3.kernels.checks import ACTIVATIONS, FP32, check
+from deepv3.kernels.checks import ACTIVATIONS, FP32, cdiv, check, next_power_of_2
 
 QUERY_ROWS = 64  # 64 rows x 64 columns of BF16 are 4 loads of 16 bytes per lane of 4 warps
 KEY_HEADS = 32
@@ -158,7 +158,7 @@ def rope_query_(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> T
     n_tokens, n_heads, width = q.shape
     half = _check_tables(cos, sin, n_tokens, width, q)
     if q.numel():
-        _rope_query_kernel[(triton.cdiv(n_tokens * n_heads, QUERY_ROWS),)](
+        _rope_query_kernel[(cdiv(n_tokens * n_heads, QUERY_ROWS),)](
             q,
             cos,
             sin,
@@ -170,7 +170,7 @@ def rope_query_(q: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> T
             q.stride(1),
             INVERSE=inverse,
             ROWS=QUERY_ROWS,
-            HALF=triton.next_power_of_2(half),
+            HALF=next_power_of_2(half),
         )
     return q
 
@@ -188,8 +188,8 @@ def assemble_key(kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, nope: int
         raise ValueError(f"k_rope has {k_rope.shape[1]} columns, cos and sin turn {2 * half}")
     k = torch.empty((n_tokens, n_heads, nope + 2 * half), dtype=kv.dtype, device=kv.device)
     if k.numel():
-        heads = min(KEY_HEADS, triton.next_power_of_2(n_heads))
-        _assemble_key_kernel[(n_tokens, triton.cdiv(n_heads, heads))](
+        heads = min(KEY_HEADS, next_power_of_2(n_heads))
+        _assemble_key_kernel[(n_tokens, cdiv(n_heads, heads))](
             kv,
             k_rope,
             cos,
@@ -202,8 +202,8 @@ def assemble_key(kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, nope: int
             kv.stride(1),
             k_rope.stride(0),
             HEADS=heads,
-            NOPE=triton.next_power_of_2(nope),
-            HALF=triton.next_power_of_2(half),
+            NOPE=next_power_of_2(nope),
+            HALF=next_power_of_2(half),
         )
     return k
 
@@ -233,10 +233,10 @@ def assemble_key_backward(dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> t
             dk.stride(1),
             dv.stride(0),
             dv.stride(1),
-            HEADS=min(KEY_HEADS, triton.next_power_of_2(n_heads)),
-            NOPE=triton.next_power_of_2(nope),
-            HALF=triton.next_power_of_2(half),
-            WIDTH_V=triton.next_power_of_2(width_v),
+            HEADS=min(KEY_HEADS, next_power_of_2(n_heads)),
+            NOPE=next_power_of_2(nope),
+            HALF=next_power_of_2(half),
+            WIDTH_V=next_power_of_2(width_v),
         )
     return dkv, dk_rope
 

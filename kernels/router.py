@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepv3.kernels.activation import sigmoid
-from deepv3.kernels.checks import FP32, INT32, check
+from deepv3.kernels.checks import FP32, INT32, cdiv, check, next_power_of_2
 
 LOWEST = tl.constexpr(-(2**31))  # below `_ordered` of every float, -inf included
 TINY = tl.constexpr(1e-20)
@@ -181,9 +181,9 @@ def router_topk(
     if n_tokens:
         limited = topk_group < n_group
         groups = n_group if limited else 1
-        padded_groups, padded_size = triton.next_power_of_2(groups), triton.next_power_of_2(n_experts // groups)
+        padded_groups, padded_size = next_power_of_2(groups), next_power_of_2(n_experts // groups)
         tokens = max(1, ELEMENTS // (padded_groups * padded_size))
-        _router_topk_kernel[(triton.cdiv(n_tokens, tokens),)](
+        _router_topk_kernel[(cdiv(n_tokens, tokens),)](
             logits,
             bias,
             indices,
@@ -198,7 +198,7 @@ def router_topk(
             TOKENS=tokens,
             GROUPS=padded_groups,
             SIZE=padded_size,
-            COLS=triton.next_power_of_2(top_k),
+            COLS=next_power_of_2(top_k),
             num_warps=1,
         )
     return indices, weights
@@ -213,9 +213,9 @@ def router_topk_backward(dweights: Tensor, logits: Tensor, indices: Tensor, scal
     n_experts = logits.shape[1]
     dlogits = torch.empty_like(logits)
     if dlogits.numel():
-        experts = triton.next_power_of_2(n_experts)
+        experts = next_power_of_2(n_experts)
         tokens = max(1, 4 * ELEMENTS // experts)
-        _router_topk_backward_kernel[(triton.cdiv(n_tokens, tokens),)](
+        _router_topk_backward_kernel[(cdiv(n_tokens, tokens),)](
             dweights,
             logits,
             indices,

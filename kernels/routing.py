@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deepv3.kernels.casts import INTERPRETED
-from deepv3.kernels.checks import ACTIVATIONS, INT32, block, check
+from deepv3.kernels.checks import ACTIVATIONS, INT32, block, cdiv, check, next_power_of_2
 from deepv3.kernels.reference.routing import row_bound
 
 PAIRS = 128  # of a block; times experts below 2^24, so that FP32 holds the keys
@@ -224,11 +224,11 @@ def routing_tables(indices: Tensor, n_experts: int, align: int = 1) -> tuple[Ten
         offsets, counts = torch.zeros((2, n_experts), dtype=torch.int32, device=device)
         return slot_of_token, token_of_slot, offsets, counts
     offsets, counts = torch.empty((2, n_experts), dtype=torch.int32, device=device).unbind()
-    experts = max(2, triton.next_power_of_2(n_experts))
-    share = PAIRS * min(BLOCKS, triton.cdiv(n_pairs, PAIRS * PROGRAMS))  # pairs of a program
-    programs = triton.cdiv(n_pairs, share)
+    experts = max(2, next_power_of_2(n_experts))
+    share = PAIRS * min(BLOCKS, cdiv(n_pairs, PAIRS * PROGRAMS))  # pairs of a program
+    programs = cdiv(n_pairs, share)
     histogram = torch.empty((programs, _stride(experts)), dtype=torch.int32, device=device)
-    counted = min(COUNTED, triton.next_power_of_2(share))
+    counted = min(COUNTED, next_power_of_2(share))
     _histogram_kernel[(programs,)](
         indices, histogram.view(torch.int16), token_of_slot, n_pairs, n_slots, share, PAIRS=counted, EXPERTS=experts
     )
@@ -263,7 +263,7 @@ def permute(x: Tensor, token_of_slot: Tensor) -> Tensor:
     if rows.numel():
         cols = block(n_cols, 2048)
         per_program = max(1, COPY_ELEMENTS // cols)
-        _permute_kernel[(triton.cdiv(n_rows, per_program) * triton.cdiv(n_cols, cols),)](
+        _permute_kernel[(cdiv(n_rows, per_program) * cdiv(n_cols, cols),)](
             x, token_of_slot, rows, n_rows, n_cols, x.stride(0), ROWS=per_program, COLS=cols, STRIP=STRIP
         )
     return rows
@@ -280,7 +280,7 @@ def unpermute(rows: Tensor, slot_of_token: Tensor, base: Tensor | None = None) -
     if y.numel():
         cols = block(n_cols, 1024)
         start = rows if base is None else base  # not read without BASE
-        _unpermute_kernel[(n_tokens * triton.cdiv(n_cols, cols),)](
+        _unpermute_kernel[(n_tokens * cdiv(n_cols, cols),)](
             rows,
             slot_of_token,
             start,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepv3.kernels.activation import check_gated, swiglu_gradient, swiglu_output
 from deepv3.kernels.casts import from_e4m3, store_rows
-from deepv3.kernels.checks import ACTIVATIONS, E4M3, FP32, check, check_rows8
+from deepv3.kernels.checks import ACTIVATIONS, E4M3, FP32, cdiv, check, check_rows8
 from deepv3.kernels.quantise import empty_columns, empty_rows
 from deepv3.kernels.reference.quantise import BLOCK
 from deepv3.kernels.turn import (
@@ -33,10 +33,10 @@ from deepv3.kernels.turn import (
     two,
 )
 
-FORWARD_ROWS, BACKWARD_ROWS = 16, 16
-ROWS_WARPS = 4
+FORWARD_ROWS, BACKWARD_ROWS = 16, 8
+ROWS_WARPS = 2
 COLUMNS, COLUMNS_WARPS, COLUMNS_REGISTERS = 32, 4, 128  # of a program by columns: four share a processor
-STAGES = 3  # of the loads of a program that walks along the outputs
+STAGES = 5  # of the loads of a program that walks along the outputs
 
 
 @triton.jit
@@ -196,7 +196,7 @@ def swiglu_fp8(
     codes, scales = empty_rows(n_rows, n_cols, h.device)
     kept, kept_scales = empty_rows(n_rows, 2 * n_cols, h.device) if cache else (None, None)
     if codes.numel():
-        _forward_kernel[(triton.cdiv(n_rows, FORWARD_ROWS) * (n_cols // BLOCK),)](
+        _forward_kernel[(cdiv(n_rows, FORWARD_ROWS) * (n_cols // BLOCK),)](
             h,
             h if weight is None else weight,
             codes,
@@ -233,7 +233,7 @@ def swiglu_fp8_backward(
         given = dy, h_codes, h_scales, dy if weight is None else weight
         sizes = n_rows, n_cols, h_scales.stride(1)
         weighted = weight is not None
-        _backward_rows_kernel[(triton.cdiv(n_rows, BACKWARD_ROWS),)](
+        _backward_rows_kernel[(cdiv(n_rows, BACKWARD_ROWS),)](
             *given,
             *rows,
             given[3] if dweight is None else dweight,
@@ -244,7 +244,7 @@ def swiglu_fp8_backward(
             STAGES=STAGES,
             num_warps=ROWS_WARPS,
         )
-        _backward_columns_kernel[(triton.cdiv(n_rows, BLOCK) * (n_cols // COLUMNS),)](
+        _backward_columns_kernel[(cdiv(n_rows, BLOCK) * (n_cols // COLUMNS),)](
             *given,
             columns[0].view(torch.int32),
             columns[1],

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepv3.kernels.casts import INTERPRETED, from_e4m3
+from deepv3.kernels.checks import cdiv, next_power_of_2
 
 STEP = 128  # of the reduced dimension
 
@@ -165,7 +166,7 @@ def launch_mm(
 ) -> None:
     """`fp8_mm`, with offsets `grouped_fp8_mm`, into `out` and without checks."""
     (m, k), n, groups = codes.shape, weight.shape[-2], 1 if offsets is None else weight.shape[0]
-    mm_kernel[(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)](
+    mm_kernel[(cdiv(m, tile.m) * cdiv(n, tile.n),)](
         rows_descriptor(codes, tile.m),
         scales_descriptor(scales.t(), tile.m),
         rows_descriptor(weight.view(-1, k), tile.n),
@@ -178,7 +179,7 @@ def launch_mm(
         groups,
         0 if offsets is None else weight_scales.stride(0),
         weight_scales.stride(-2),
-        GROUPS=0 if offsets is None else triton.next_power_of_2(groups),
+        GROUPS=0 if offsets is None else next_power_of_2(groups),
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BAND=BAND,
@@ -200,7 +201,7 @@ def launch_wgrad(
     """`fp8_wgrad_`, with offsets `grouped_fp8_wgrad_`, without checks."""
     n, k = grad.shape[-2:]
     groups = 1 if offsets is None else grad.shape[0]
-    wgrad_kernel[(groups * triton.cdiv(n, tile.m) * triton.cdiv(k, tile.n),)](
+    wgrad_kernel[(groups * cdiv(n, tile.m) * cdiv(k, tile.n),)](
         rows_descriptor(dy_codes, tile.m),
         rows_descriptor(x_codes, tile.n),
         scales_descriptor(dy_scales, tile.m),

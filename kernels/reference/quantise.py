@@ -25,8 +25,8 @@ def round_up(size: int, multiple: int) -> int:
 
 def row_scales(rows: int, cols: int, device: torch.device) -> Tensor:
     """Uninitialised [rows, ceil(cols / 128)] FP32 scales, contiguous along rows, which cuBLAS and descriptors want."""
-    blocks = -(-cols // BLOCK)
-    return torch.empty(blocks, round_up(rows, 4), dtype=torch.float32, device=device).t()[:rows]
+    shape, strides = (rows, -(-cols // BLOCK)), (1, round_up(rows, 4))
+    return torch.empty_strided(shape, strides, dtype=torch.float32, device=device)
 
 
 def block_scales(*shape: int, device: torch.device) -> Tensor:

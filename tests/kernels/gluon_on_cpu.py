@@ -14,6 +14,7 @@ import textwrap
 import threading
 import time
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -310,3 +311,14 @@ class OnCpu:
                 self.names(program, grid[0])[self.name](*flat, **constants)
 
         return launch
+
+
+def found(attempt: Callable[[], None], tries: int = 5) -> bool:
+    """Whether a planted mistake fails `attempt`. Threads may by chance run in the order that the mistake takes for
+    granted, so it has several tries."""
+    for _ in range(tries):
+        try:
+            attempt()
+        except AssertionError:
+            return True
+    return False
