@@ -8,12 +8,14 @@ gradients (grad_reduce_in_fp32 = False, all rows). TP2 x PP8 x VP4 is laid out a
 Left out: rows that drop tokens (25.09 on GB200 and B200).
 AutoModel: NVIDIA-NeMo/Automodel's table of DGX-H100 rows. Left out: its V3 rows, whose PP4 x VP8 with 8 micro-batches
 no schedule here comes near.
-Ours: docs/benchmarks.md, one H200, planned with `report` constants, before any calibration.
+Ours: docs/benchmarks.md, one H200 and one H100, planned with `report` constants, and with one calibration file per device
+(calibrations/, as `bench.py what=calibration` wrote them).
 TorchTitan: 0.2.2 on our shape `mini` (5.2 B), measured on H200 with forced balance; middle of the steps' range.
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 from plans import model, on
 
@@ -21,6 +23,7 @@ from deepv3.config.schema import ModelConfig
 from deepv3.planner.calibration import Calibration, Value
 from deepv3.planner.hardware import GIB
 from deepv3.planner.layout import Layout
+from deepv3.planner.measured import read_calibration
 from deepv3.planner.megatron import BUILT_IN
 from deepv3.planner.memory import Memory
 from deepv3.planner.simulate import Simulator, Step
@@ -116,13 +119,10 @@ MEGATRON = (
     megatron("256 B300, MXFP8, PP16 EP8 (26.04)", hgx("b300"), 3131),
     megatron("256 B300, MXFP8, PP8 EP8, two sequences (26.04.01)", hgx("b300", pp=8, micro=2), 3456, GRAPHS),
     megatron("256 B300, MXFP8, PP8 EP8, two sequences (26.06)", hgx("b300", pp=8, micro=2), 3541, GRAPHS),
-)
-MISSED = (
     megatron("256 GB300, MXFP8, PP2 EP32 (26.06)", nvl("gb300", 8, **_NEWEST), 6338, WHOLE_FP8),
     megatron("256 GB300, MXFP8, 15,360 sequences (26.06)", nvl("gb300", 8, batch=15_360, **_NEWEST), 6422, WHOLE_FP8),
     megatron("256 GB300, MXFP8, PP2 EP32 (26.08)", nvl("gb300", 8, **_NEWEST), 6288, WHOLE_FP8),
 )
-"""Planned slower than published; docs/planner.md says what is unknown of them."""
 
 _MOONLIGHT = {"m": model("moe_16b"), "pp": 1, "ep": 8, "precision": "bf16", "recompute": "none"}
 _MINI = {"m": model("mini"), "pp": 1, "precision": "bf16", "recompute": "none", "micro": 2}
@@ -138,12 +138,20 @@ _STACK = replace(
 )  # fmt: skip
 
 
+CALIBRATIONS = Path(__file__).parent / "calibrations"
+
+
 @dataclass(frozen=True)
 class Ours:
     """A run of this code."""
 
     row: Row
     gib: float
+
+    def calibrated(self) -> Row:
+        """As planned with the one file that `bench.py what=calibration` made on this kind of device."""
+        file = CALIBRATIONS / f"{self.row.layout.cluster.device.name}.json"
+        return replace(self.row, calibration=read_calibration(str(file)))
 
     def planned_gib(self) -> float:
         """As `compare` counts: without context and slack."""
