@@ -8,7 +8,7 @@ gradients (grad_reduce_in_fp32 = False, all rows). TP2 x PP8 x VP4 is laid out a
 Left out: rows that drop tokens (25.09 on GB200 and B200).
 AutoModel: NVIDIA-NeMo/Automodel's table of DGX-H100 rows. Left out: its V3 rows, whose PP4 x VP8 with 8 micro-batches
 no schedule here comes near.
-Ours: docs/benchmarks.md, one H200 and one H100, planned with `report` constants, and with one calibration file per device
+Ours: docs/benchmarks.md, one H200 and one H100, planned with `report` constants and with one calibration file a device
 (calibrations/, as `bench.py what=calibration` wrote them).
 TorchTitan: 0.2.2 on our shape `mini` (5.2 B), measured on H200 with forced balance; middle of the steps' range.
 """
