@@ -49,7 +49,7 @@ def check(
 
 
 def cdiv(size: int, part: int) -> int:
-    """Parts of which `size` needs. Triton's own, made for its compiler too, takes eight times as long on the host."""
+    """Parts of which `size` needs. Triton's own, made for its compiler too, takes two microseconds on the host."""
     return -(-size // part)
 
 

@@ -17,6 +17,8 @@ range.
     elementwise piece attention|experts|head, bytes (fewest needed)     traffic_attention, traffic_experts, traffic_head
     pair        slots (seconds of its slots, alone)                     interference
     host        layers (forward and backward passes of layers)          layer_overhead
+    launching   layers (each forward and backward): until the host      launch
+                has enqueued them, the device not in its way
     update      parameters                                              update_bytes
     codes       parameters (of FP8 products, once a step)               codes_bytes
 """
@@ -32,6 +34,7 @@ from deepv3.errors import ConfigError
 from deepv3.planner.calibration import Calibration, Value
 from deepv3.planner.hardware import DEVICES, Device
 from deepv3.planner.megatron import BUILT_IN
+from deepv3.planner.work import HOST
 
 Row = Mapping[str, Any]
 Reader = Callable[[Row, Device, float], tuple[str, float]]
@@ -69,6 +72,12 @@ def _host(row: Row, device: Device, hbm: float) -> tuple[str, float]:
     return "layer_overhead", row["seconds"] / row["layers"]
 
 
+def _launching(row: Row, device: Device, hbm: float) -> tuple[str, float]:
+    known = Calibration()
+    kernels = known.kernels_forward.value + known.kernels_backward.value
+    return "launch", row["seconds"] / row["layers"] / kernels * device.host / HOST
+
+
 def _update(row: Row, device: Device, hbm: float) -> tuple[str, float]:
     return "update_bytes", row["seconds"] * device.hbm * hbm / row["parameters"]
 
@@ -79,12 +88,12 @@ def _codes(row: Row, device: Device, hbm: float) -> tuple[str, float]:
 
 READERS: dict[str, Reader] = {
     "gemm": _gemm, "attention": _attention, "copy": _copy, "elementwise": _elementwise, "pair": _pair, "host": _host,
-    "update": _update, "codes": _codes,
+    "launching": _launching, "update": _update, "codes": _codes,
 }  # fmt: skip
 ALIASES = {"fp8_dense_dgrad": "fp8_dense", "bf16_dense_dgrad": "bf16_dense", "bf16_grouped_dgrad": "bf16_grouped",
            "bf16_grouped_wgrad": "bf16_grouped"}  # fmt: skip
 """Passes that share a constant."""
-SLOW_WHEN_HIGH = ("traffic_attention", "traffic_experts", "traffic_head", "interference", "layer_overhead",
+SLOW_WHEN_HIGH = ("traffic_attention", "traffic_experts", "traffic_head", "interference", "layer_overhead", "launch",
                   "update_bytes", "codes_bytes", "sync_nic", "sync_nvlink")  # fmt: skip
 
 

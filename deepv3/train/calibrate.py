@@ -8,7 +8,9 @@ copy is measured alone. Not measured: exchanges between devices and overlapped p
 """
 
 import math
+import statistics
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -34,6 +36,7 @@ MICRO_BATCHES, WARMUP, SETTLE, STEPS = 2, 16, 4, 12
 FASTEST = 0.25  # of the steps give rows
 COPY = 1 << 28  # bytes
 COPIES = 10
+LAUNCHINGS = 9
 LEAD = 8192  # width of the products that the device is given before a step
 
 
@@ -127,9 +130,28 @@ class Bench:
             self._host = min(self.step().host for _ in range(WARMUP))
             return [self.step() for _ in range(SETTLE + STEPS)][SETTLE:]
 
+    def launching(self) -> float:
+        """Seconds until the host has enqueued one micro-batch, forward and backward, without marks.
+
+        One alone, to an idle device: the driver's queue holds about a thousand kernels, and then the host waits.
+        """
+        found = []
+        for _ in range(LAUNCHINGS):
+            self.engine.begin_step()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            start = time.perf_counter()
+            self.executor.run(self.batches[:1], 1, 1e-4, 0.0, on_chunk_done=self.engine.reduce)
+            found.append(time.perf_counter() - start)
+            self.engine.finish_step(self.cfg.optim.lr)
+        return statistics.median(found)
+
     def rows(self, steps: list[Measured]) -> Iterator[dict[str, Any]]:
-        """All rows of these steps, and a copy."""
+        """All rows of these steps, a copy, and the host's."""
         yield self.copy()
+        if self.device.type == "cuda":  # elsewhere the host is the device
+            layers = self.cfg.model.num_hidden_layers
+            yield {"kind": "launching", "layers": layers, "seconds": self.launching()}
         fewest = self._fewest_bytes()
         for step in steps:
             yield from _products(step)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from plans import REPORT, constants, v3
+from plans import REPORT, constants, model, on, v3
 
 from deepv3.errors import ConfigError
 from deepv3.planner.calibration import Calibration
@@ -40,6 +40,7 @@ def everything() -> list[dict]:
     rows += [{"kind": "pair", "slots": 0.1, "seconds": 0.108}, {"kind": "host", "layers": 20, "seconds": 0.01}]
     rows += [{"kind": "elementwise", "piece": "head", "bytes": 1e9, "seconds": 1.2 * 1e9 / (0.8 * H800.hbm)}]
     rows += [{"kind": "codes", "parameters": 1e9, "seconds": 4.4e9 / (0.8 * H800.hbm)}]
+    rows += [{"kind": "launching", "layers": 4, "seconds": 4 * 135 * 1e-5 * 4e9 / H800.host}]
     return [*rows, {"kind": "update", "parameters": 1e9, "seconds": 24e9 / (0.8 * H800.hbm)}]
 
 
@@ -49,11 +50,22 @@ def test_known_constants_come_back_out_of_their_rows():
         "fp8_dense": 0.6, "fp8_dense_wgrad": 0.31, "fp8_grouped": 0.41, "fp8_grouped_dgrad": 0.42,
         "fp8_grouped_wgrad": 0.43, "bf16_dense": 0.55, "attention": 0.5, "attention_backward": 0.4, "hbm": 0.8,
         "nic": 0.7, "sync_nic": 2e-4, "traffic_experts": 3.0, "interference": 1.08, "layer_overhead": 5e-4,
-        "update_bytes": 24.0, "codes_bytes": 4.4, "traffic_head": 1.2,
+        "update_bytes": 24.0, "codes_bytes": 4.4, "traffic_head": 1.2, "launch": 1e-5,
     }  # fmt: skip
     for name, value in expected.items():
         assert getattr(cal, name).value == pytest.approx(value), name
     assert cal.name == "here" and "here" in cal.fp8_dense.source
+
+
+@pytest.mark.parametrize("times, low, high", [(0.5, 1.0, 1.01), (2.0, 2.0, 2.3)], ids=["half", "twice"])
+def test_a_host_that_enqueues_slower_than_the_device_computes_sets_the_pace(times, low, high):
+    """Head and update come on top of the layers."""
+    layout = on("h200", 1, m=model("mini"), pp=1, ep=1, batch=4)
+    busy = Simulator(layout, constants(launch=0.0)).step()
+    layers = 4 * layout.m.num_hidden_layers
+    row = {"kind": "launching", "layers": layers, "seconds": times * busy.seconds}
+    bound = Simulator(layout, calibrate([row], layout.cluster.device, REPORT, "here")).step()
+    assert low * busy.seconds <= bound.seconds < high * busy.seconds
 
 
 def test_the_time_of_fp32_sums_is_taken_off_a_weight_gradient():
