@@ -106,6 +106,8 @@ def deepgemm_wgrad(
     offsets: None,
     accumulate: bool,
 ) -> None:
-    """Dense only: its grouped form wants the groups' sizes on the host."""
+    """Dense only: its grouped form wants the groups' sizes on the host. It adds; what is stored is added to zeros."""
     a, b = (dy_codes, dy_scales.t()), (x_codes, x_scales.t())
-    _deepgemm().fp8_gemm_nt(a, b, grad, c=grad if accumulate else None, recipe=ROWS_OF_128)
+    if not accumulate:
+        grad.zero_()
+    _deepgemm().fp8_gemm_nt(a, b, grad, c=grad, recipe=ROWS_OF_128)
