@@ -36,7 +36,7 @@ MICRO_BATCHES, WARMUP, SETTLE, STEPS = 2, 16, 4, 12
 FASTEST = 0.25  # of the steps give rows
 COPY = 1 << 28  # bytes
 COPIES = 10
-LAUNCHINGS = 9
+LAUNCHINGS = 9  # times that the host is watched enqueuing; the median counts
 LEAD = 8192  # width of the products that the device is given before a step
 
 
@@ -131,7 +131,8 @@ class Bench:
             return [self.step() for _ in range(SETTLE + STEPS)][SETTLE:]
 
     def launching(self) -> float:
-        """Seconds until the host has enqueued one micro-batch, forward and backward, without marks.
+        """Seconds until the host has enqueued one micro-batch, forward and backward, without marks: of all layers,
+        the embedding and the head.
 
         One alone, to an idle device: the driver's queue holds about a thousand kernels, and then the host waits.
         """
