@@ -1,6 +1,7 @@
 """Export and import hold a few tensors in memory, never the model: measured while they run."""
 
 import ctypes
+import gc
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,8 @@ from deepv3 import arithmetic
 from deepv3.export.hf import export
 from deepv3.export.importer import import_hf
 
-# About 14 M parameters, 55 MB in FP32, most of them in experts as in a large model; the largest tensor has 0.5 MB.
-WIDE = BLOCKED | {"n_routed_experts": 64, "num_hidden_layers": 4, "initializer_range": 0.02, "vocab_size": 1024}
+# About 27 M parameters, 107 MB in FP32, most of them in experts as in a large model; the largest tensor has 0.5 MB.
+WIDE = BLOCKED | {"n_routed_experts": 64, "num_hidden_layers": 8, "initializer_range": 0.02, "vocab_size": 1024}
 SHARD_BYTES = 1_000_000
 
 
@@ -25,6 +26,7 @@ def private_bytes() -> int:
 @contextmanager
 def peak():
     """A list whose one entry is, afterwards, the most private memory over the beginning's."""
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else what earlier work has freed would hide what this one takes
     base, seen, done = private_bytes(), [0], threading.Event()
 
@@ -49,7 +51,7 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
 def test_export_and_import_hold_a_fraction_of_the_model(dtype, run, tmp_path):
     whole = 4 * arithmetic.parameters(run.cfg.model).stored
-    assert whole > 50e6
+    assert whole > 100e6
     # Once before it counts: code and libraries come into memory.
     import_hf(export(run.dir, tmp_path / "first", dtype), tmp_path / "warm", shard_bytes=SHARD_BYTES)
     with peak() as exporting:
@@ -57,6 +59,7 @@ def test_export_and_import_hold_a_fraction_of_the_model(dtype, run, tmp_path):
     with peak() as importing:
         import_hf(tmp_path / "hf", tmp_path / "imported", shard_bytes=SHARD_BYTES)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 10
-    assert exporting[0] < 6 * SHARD_BYTES < whole / 8, f"{exporting[0] / 1e6:.1f} MB"  # measured: 3
-    assert importing[0] < 6 * SHARD_BYTES, f"{importing[0] / 1e6:.1f} MB"
+    # Measured: 3 to 4.2 MB alone; up to 2.5 more where threads of earlier tests of this process still take memory.
+    assert exporting[0] < 9 * SHARD_BYTES < whole / 10, f"{exporting[0] / 1e6:.1f} MB"
+    assert importing[0] < 9 * SHARD_BYTES, f"{importing[0] / 1e6:.1f} MB"
     print(f"{dtype}: export {exporting[0] / 1e6:.1f} MB, import {importing[0] / 1e6:.1f} MB of {whole / 1e6:.1f}")
