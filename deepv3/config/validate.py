@@ -245,6 +245,13 @@ def _train(cfg: Config) -> Iterator[str]:
             f"train.spike = rewind winds back to the state of the last save, and checkpoint.every = "
             f"{cfg.checkpoint.every} never saves under way; set checkpoint.every=N steps or train.spike=warn"
         )
+    parallel = cfg.parallel
+    if train.cuda_graph and (parallel.pp_size, parallel.ep_size, parallel.schedule == "dualpipev") != (1, 1, False):
+        yield (
+            f"train.cuda_graph = true records a whole model on one device, and parallel.pp_size = {parallel.pp_size}, "
+            f"parallel.ep_size = {parallel.ep_size}, parallel.schedule = {parallel.schedule} cut it up; set "
+            "train.cuda_graph=false, or both sizes to 1 with parallel.schedule=1f1b"
+        )
     ramp = train.batch_ramp
     if ramp is not None and ramp.end < ramp.start:
         yield f"train.batch_ramp.end = {ramp.end} is below its start = {ramp.start}; a batch only grows"

@@ -53,6 +53,7 @@ class Layout:
     loss_chunk: int
     split: str = ""  # parallel.layout, layers per stage as text
     shares_memory: bool = False  # parallel.dispatcher = symmetric
+    cuda_graph: bool = False  # train.cuda_graph
     virtual: int = 1
     wire: str = ""
     gradient_bytes: int = 4
@@ -77,6 +78,7 @@ class Layout:
             loss_chunk=train.loss_chunk,
             split=parallel.layout,
             shares_memory=parallel.dispatcher == "symmetric",
+            cuda_graph=train.cuda_graph,
         )
 
     @property

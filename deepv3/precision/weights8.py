@@ -32,3 +32,7 @@ class WeightCodes:
             self._blocks = Blocks(*kernels.quantise_blocks(weight.detach(), self._format.pow2))
             self._seen = now
         return self._blocks
+
+    def forget(self) -> None:
+        """Free the codes; the next call makes them again."""
+        self._blocks = None

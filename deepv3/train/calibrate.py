@@ -61,6 +61,7 @@ def measured_part(cfg: Config) -> Config:
             global_batch_size=MICRO_BATCHES * train.micro_batch_size,
             batch_ramp=None,
             recompute="selective" if train.recompute == "full" else train.recompute,
+            cuda_graph=False,  # whose inside nothing can time
         ),
         parallel=replace(cfg.parallel, pp_size=1, ep_size=1, schedule="1f1b", layout=""),
     )

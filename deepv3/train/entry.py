@@ -42,6 +42,7 @@ def pretrain(cfg: Config, started: float, finish: Callable) -> None:
     if not chief:
         return
     run.engine.release()
+    del run.executor  # CUDA graphs hold a micro-batch's activations
     finish(cfg, model, step, say)
     say(f"run folder   {cfg.run_dir}")
     for picture in pictures:

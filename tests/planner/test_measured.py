@@ -1,6 +1,7 @@
 """Measured rows become constants: what went into synthetic rows comes out, and damaged rows are refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from plans import REPORT, constants, model, on, v3
@@ -66,6 +67,14 @@ def test_a_host_that_enqueues_slower_than_the_device_computes_sets_the_pace(time
     row = {"kind": "launching", "layers": layers, "seconds": times * busy.seconds}
     bound = Simulator(layout, calibrate([row], layout.cluster.device, REPORT, "here")).step()
     assert low * busy.seconds <= bound.seconds < high * busy.seconds
+
+
+def test_a_slow_host_is_no_bound_where_micro_batches_are_cuda_graphs():
+    layout = on("h200", 1, m=model("mini"), pp=1, ep=1, batch=4)
+    slow = constants(launch=1e-3)
+    busy = Simulator(layout, constants(launch=0.0)).step().seconds
+    assert Simulator(layout, slow).step().seconds > 2 * busy
+    assert Simulator(replace(layout, cuda_graph=True), slow).step().seconds == pytest.approx(busy)
 
 
 def test_the_time_of_fp32_sums_is_taken_off_a_weight_gradient():
