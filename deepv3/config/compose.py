@@ -37,9 +37,9 @@ PRESET = "config"  # the one group that is added (+config=NAME), not replaced
 FREE = (
     "run_dir", "parallel", "checkpoint", "logging", "cluster", "data.cache_dir", "data.num_proc", "data.bad_documents",
     "train.steps", "train.tokens", "train.micro_batch_size", "train.resume", "train.finish", "train.deterministic",
-    "train.cuda_graph", "train.recompute", "train.loss_chunk", "train.eval_every", "train.eval_sequences", "train.max_skipped_steps",
-    "train.hang_seconds", "train.spike", "train.spike_threshold", "train.spike_window", "train.prompt",
-    "train.sample_tokens",
+    "train.cuda_graph", "train.recompute", "train.loss_chunk", "train.eval_every", "train.eval_sequences",
+    "train.max_skipped_steps", "train.hang_seconds", "train.spike", "train.spike_threshold", "train.spike_window",
+    "train.prompt", "train.sample_tokens",
 )  # fmt: skip
 
 T = TypeVar("T")
