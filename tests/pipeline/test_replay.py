@@ -113,7 +113,8 @@ def train(case: Case, replayed: bool, mistake=None) -> tuple[Outcome, list[Load]
     with mistake() if mistake is not None else nullcontext():
         for step in range(1, STEPS + 1):
             if step == 4:  # other sequences a step, as in a batch ramp: another loss scale
-                trainer.case, trainer.share = trainer.case._replace(batch=2), range(2)
+                trainer.case = trainer.case._replace(batch=2)
+                trainer.share = range(trainer.grid.dp_rank, 2, trainer.grid.dp_size)
             trainer.step(step)
             loads.append(trainer.model.dispatcher.take_load())
             if step in (1, 2):  # before and after the recordings are made
@@ -122,7 +123,9 @@ def train(case: Case, replayed: bool, mistake=None) -> tuple[Outcome, list[Load]
 
 
 def once(case: Case, replayed: bool, mistake=None) -> tuple[Outcome, list[Load], int]:
-    return ranks.run(1, train, case, replayed, mistake)[0]
+    """All ranks' outcome; the first one's loads and number of recordings."""
+    outcomes, loads, made = zip(*ranks.run(case.world, train, case, replayed, mistake))
+    return layouts.together(list(outcomes)), loads[0], made[0]
 
 
 @cache
@@ -134,6 +137,7 @@ def plainly(case: Case) -> tuple[Outcome, list[Load]]:
 CASES = [
     Case(mtp=1, precision="fp32", batch=3), Case(mtp=0, precision="fp32", batch=3, recompute="full"),
     Case(mtp=1, precision="fp8", batch=3), Case(mtp=0, precision="fp8", batch=1, recompute="none"),
+    Case(mtp=0, precision="fp32", batch=6, dp=2),
 ]  # fmt: skip
 
 
@@ -151,9 +155,10 @@ def same(found: Outcome, plain: Outcome) -> bool:
 def test_recorded_micro_batches_are_the_plain_ones(case):
     plain, plain_loads = plainly(case)
     found, loads, made = once(case, True)
-    assert same(layouts.together([found]), layouts.together([plain])) and loads == plain_loads
-    # Two for steps 2 and 3, two for step 5; steps 1 and 4 bring new numbers and run call by call.
-    assert made == (4 if case.batch > 1 else 3)
+    assert same(found, plain) and loads == plain_loads
+    # For steps 2 and 3, and for step 5, one for the first micro-batch and one for the others; steps 1 and 4 bring new
+    # numbers and run call by call.
+    assert made == min(2, case.batch // case.dp) + 2 // case.dp
 
 
 def _codes_of_another_step():
@@ -194,7 +199,7 @@ def _tokens_frozen():
 )
 def test_each_mistake_is_seen(mistake):
     case = CASES[2]
-    assert not same(layouts.together([once(case, True, mistake)[0]]), layouts.together([plainly(case)[0]]))
+    assert not same(once(case, True, mistake)[0], plainly(case)[0])
 
 
 def test_a_cut_up_model_and_a_device_that_cannot_record_are_refused():
