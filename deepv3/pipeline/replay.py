@@ -35,6 +35,12 @@ def record_graph(work: Callable[[], StepOut], pool: Any) -> tuple[StepOut, Calla
     return figures, graph.replay
 
 
+def require_device(device: torch.device) -> None:
+    """Raise ConfigError where a device cannot record."""
+    if device.type != "cuda":
+        raise ConfigError(f"train.cuda_graph = true wants a CUDA device, and this is {device}; set it to false")
+
+
 @dataclass
 class _Recording:
     figures: StepOut
@@ -44,14 +50,9 @@ class _Recording:
 
 
 class Replay:
-    """The recordings of one model. record: what makes one; another than `record_graph` in tests.
-
-    Raises ConfigError where the device cannot record.
-    """
+    """The recordings of one model. record: what makes one; another than `record_graph` in tests."""
 
     def __init__(self, model: Transformer, device: torch.device, record: Recorder = record_graph) -> None:
-        if record is record_graph and device.type != "cuda":
-            raise ConfigError(f"train.cuda_graph = true wants a CUDA device, and this is {device}; set it to false")
         self.model, self.device, self._record = model, device, record
         self._parameters = list(model.parameters())
         self._key: Hashable = None

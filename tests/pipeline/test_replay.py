@@ -9,6 +9,7 @@ that was freed) is frozen here too. On devices: test_replay_gpu.py.
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
+from types import SimpleNamespace
 from unittest import mock
 
 import layouts
@@ -20,13 +21,14 @@ from test_parity_fp8 import config as narrow8
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import deepv3.kernels as kernels
-from deepv3.config.schema import Config
+from deepv3.config.schema import Config, SourceConfig
 from deepv3.config.validate import validate
 from deepv3.errors import ConfigError
 from deepv3.model.dispatch import Load
 from deepv3.pipeline import replay
 from deepv3.pipeline.figures import StepOut
 from deepv3.pipeline.replay import Replay
+from deepv3.train import loop
 
 STEPS = 5
 config = layouts.config
@@ -202,7 +204,7 @@ def test_each_mistake_is_seen(mistake):
     assert not same(once(case, True, mistake)[0], plainly(case)[0])
 
 
-def test_a_cut_up_model_and_a_device_that_cannot_record_are_refused():
+def test_a_cut_up_model_and_a_device_that_cannot_record_are_refused(monkeypatch):
     cfg = Config()
     cfg.train.cuda_graph, cfg.train.steps, cfg.train.global_batch_size, cfg.train.eval_every = True, 1, 4, 0
     validate(cfg, 1, training=False)
@@ -210,5 +212,8 @@ def test_a_cut_up_model_and_a_device_that_cannot_record_are_refused():
         cut = replace(cfg, parallel=replace(cfg.parallel, **{name: value}))
         with pytest.raises(ConfigError, match=f"train.cuda_graph = true.*parallel.{name} = {value}"):
             validate(cut, 2, training=False)
+    cfg.data.sources = [SourceConfig(path="unread")]
+    here = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+    monkeypatch.setattr(loop, "init_distributed", lambda cfg: here)
     with pytest.raises(ConfigError, match="train.cuda_graph = true wants a CUDA device, and this is cpu"):
-        Replay(torch.nn.Linear(2, 2), torch.device("cpu"))
+        loop.Run(cfg, 0.0)
