@@ -63,6 +63,7 @@ class Replay:
         self._later: _Recording | None = None
         self._batch: Batch | None = None
         self._tables: tuple[Tensor, Tensor] | None = None  # read by address: they must not be freed before
+        self._pool: Any = None
 
     def ready(self, key: Hashable) -> bool:
         """Whether the step of this key may run by `run`: the one before it had the same. Asked once a step."""
@@ -80,7 +81,8 @@ class Replay:
             rows, width = batch.tokens.shape
             seq_len = width - 1 - self.model.cfg.num_nextn_predict_layers
             self._tables = self.model.rotary(rows, seq_len, self.device)
-            self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+            if self.device.type == "cuda":
+                self._pool = torch.cuda.graph_pool_handle()
         self._batch.tokens.copy_(batch.tokens, non_blocking=True)
         if batch.documents is not None:
             assert self._batch.documents is not None, "documents come with every micro-batch or with none"

@@ -102,6 +102,11 @@ class Layout:
         return self.pp * (2 if self.schedule == "dualpipev" else self.virtual)
 
     @property
+    def replayed(self) -> bool:
+        """Whether micro-batches are CUDA graphs: asked for, and the whole model on one device, as training demands."""
+        return self.cuda_graph and self.stages == self.ep == 1
+
+    @property
     def sends(self) -> str:
         """The format in which tokens are dispatched."""
         return self.wire or self.precision

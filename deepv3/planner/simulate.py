@@ -87,7 +87,7 @@ class Simulator:
         self.network = Network(layout.cluster, cal)
         self.work = Workload(
             layout.m, layout.cluster.device, cal, layout.precision, layout.recompute, layout.seq_len, layout.tokens,
-            layout.ep, self.a2a.dispatch + self.a2a.combine, layout.gradient_bytes, layout.cuda_graph,
+            layout.ep, self.a2a.dispatch + self.a2a.combine, layout.gradient_bytes, layout.replayed,
         )  # fmt: skip
 
     @cached_property

@@ -78,7 +78,7 @@ class Workload:
     """The arithmetic of one micro-batch on one device.
 
     tokens: of the micro-batch. precision: fp32 | bf16 | fp8. recompute: train.recompute. ep: ranks that share experts.
-    exchange: seconds of a pass's dispatch and combine. gradient_bytes: of an element of summed gradients. cuda_graph:
+    exchange: seconds of a pass's dispatch and combine. gradient_bytes: of an element of summed gradients. replayed:
     whether the host starts whole micro-batches instead of kernels.
     """
 
@@ -92,7 +92,7 @@ class Workload:
     ep: int
     exchange: float = 0.0
     gradient_bytes: int = 4
-    cuda_graph: bool = False
+    replayed: bool = False
 
     @cached_property
     def share(self) -> float:
@@ -244,7 +244,7 @@ class Workload:
             calls = (4 if backward else 2) + (2 if self.precision == "fp8" else 0)
             launches += cal.expert_calls.value * calls * self.m.n_routed_experts / self.ep
         busy = added(pieces).total() + (self.exchange if moe else 0.0)
-        launching = 0.0 if self.cuda_graph else launches * cal.launch.value * HOST / self.device.host
+        launching = 0.0 if self.replayed else launches * cal.launch.value * HOST / self.device.host
         return Seconds({"host": cal.layer_overhead.value + max(0.0, launching - busy)})
 
     def _dense(self) -> tuple[Seconds, Seconds, Seconds, float]:

@@ -99,7 +99,16 @@ def recorder(model, work, pool):
     return figures, tape.start
 
 
-def train(case: Case, replayed: bool, mistake=None) -> tuple[Outcome, list[Load], int]:
+class Masked(Trainer):
+    """Every micro-batch has two documents, divided where its first token says."""
+
+    def batches(self, step):
+        for batch in super().batches(step):
+            starts = torch.arange(batch.tokens.shape[1]) > 1 + batch.tokens[:, :1] % 5
+            yield batch._replace(documents=starts.int())
+
+
+def train(case: Case, replayed: bool, mistake=None, kind=Trainer) -> tuple[Outcome, list[Load], int]:
     """Some steps with a validation in between, and what each step's dispatches needed; the number of recordings."""
     made = [0]
 
@@ -108,7 +117,7 @@ def train(case: Case, replayed: bool, mistake=None) -> tuple[Outcome, list[Load]
         return recorder(*arguments)
 
     with mock.patch.object(layouts, "config", partial(narrow8, balanced=False) if case.precision == "fp8" else config):
-        trainer = Trainer(case)
+        trainer = kind(case)
     if replayed:
         trainer.executor.replay = Replay(trainer.model, trainer.grid.device, partial(count, trainer.model))
     loads = []
@@ -124,9 +133,9 @@ def train(case: Case, replayed: bool, mistake=None) -> tuple[Outcome, list[Load]
         return trainer.outcome(trainer.validate()), loads, made[0]
 
 
-def once(case: Case, replayed: bool, mistake=None) -> tuple[Outcome, list[Load], int]:
+def once(case: Case, replayed: bool, mistake=None, kind=Trainer) -> tuple[Outcome, list[Load], int]:
     """All ranks' outcome; the first one's loads and number of recordings."""
-    outcomes, loads, made = zip(*ranks.run(case.world, train, case, replayed, mistake))
+    outcomes, loads, made = zip(*ranks.run(case.world, train, case, replayed, mistake, kind))
     return layouts.together(list(outcomes)), loads[0], made[0]
 
 
@@ -161,6 +170,13 @@ def test_recorded_micro_batches_are_the_plain_ones(case):
     # For steps 2 and 3, and for step 5, one for the first micro-batch and one for the others; steps 1 and 4 bring new
     # numbers and run call by call.
     assert made == min(2, case.batch // case.dp) + 2 // case.dp
+
+
+def test_documents_are_new_in_every_micro_batch():
+    """A mask is made inside the recording, from where each one's documents were brought."""
+    case = Case(mtp=1, precision="fp32", batch=3)
+    (plain, *_), (found, *_) = (once(case, replayed, kind=Masked) for replayed in (False, True))
+    assert same(found, plain) and not same(found, plainly(case)[0])
 
 
 def _codes_of_another_step():

@@ -77,6 +77,14 @@ def test_a_slow_host_is_no_bound_where_micro_batches_are_cuda_graphs():
     assert Simulator(replace(layout, cuda_graph=True), slow).step().seconds == pytest.approx(busy)
 
 
+@pytest.mark.parametrize("cut", [{"pp": 2}, {"ep": 2}, {"schedule": "dualpipev"}], ids=str)
+def test_a_search_credits_no_cuda_graphs_to_a_model_that_is_cut_up(cut):
+    layout = replace(on("h200", 2, m=model("mini"), pp=1, ep=1, batch=8), **cut)
+    slow = constants(launch=1e-3)
+    asked = replace(layout, cuda_graph=True)
+    assert Simulator(asked, slow).step().seconds == Simulator(layout, slow).step().seconds
+
+
 def test_the_time_of_fp32_sums_is_taken_off_a_weight_gradient():
     """At the rate that this file's copies reach: products at 0.5 of the peak, then 2 GB of sums."""
     row = gemm(0.5, shape="grouped", **{"pass": "weight"}) | {"summed": 2e9}
