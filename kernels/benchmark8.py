@@ -2,8 +2,8 @@
 
 `check()` holds every implementation of every product to plain Triton and to FP64 of the same codes, and the fused
 kernels to the unfused; `table()` is markdown: streaming kernels by the share of the copy bandwidth measured in this
-run, products in TFLOP/s, with geometric means per operation and implementation. Peers of a product: cuBLAS
-block-scaled (dense), DeepGEMM where it is installed, and torch in BF16.
+run and beside a copy of as many bytes, products in TFLOP/s, with geometric means per operation and implementation.
+Peers of a product: cuBLAS block-scaled (dense), DeepGEMM where it is installed, and torch in BF16.
 """
 
 import math
@@ -236,12 +236,14 @@ def table(every: bool) -> str:
     """All tables under the machine and its measured rates; every: as in `check`."""
     bandwidth, _ = machine_rates()
     lines = [f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e9:.0f} GB/s", ""]
-    lines += ["| FP8 kernel | shape | us | GB/s | of copy |", "|" + "---|" * 5]
+    lines += ["| FP8 kernel | shape | us | GB/s | of copy | copy of as many bytes, us |", "|" + "---|" * 6]
     for shape in (V3, MINI):
         for work in streaming(shape):
             time, spread = time_gpu(work.call)
             rate = work.bytes / time * 1e6
-            figures = f"{time:.1f} ± {spread:.1f} | {rate / 1e9:.0f} | {rate / bandwidth:.2f}"
+            source = torch.empty(int(work.bytes) // 2, dtype=torch.uint8, device="cuda").random_()
+            copy = time_gpu(source.clone).median_us
+            figures = f"{time:.1f} ± {spread:.1f} | {rate / 1e9:.0f} | {rate / bandwidth:.2f} | {copy:.1f}"
             lines.append(f"| {work.name} | {shape.name} {work.shape} | {figures} |")
         torch.cuda.empty_cache()
     lines += ["", "| product | shape | by | us | TFLOP/s | BF16 torch TFLOP/s |", "|" + "---|" * 6]

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# More than any L2, so that reading it leaves no input of the next call there; and enough work, 170 us on an H100, for
-# the host to launch that call behind it: the time between the events is the GPU's, not the launcher's. Read and not
-# written: lines that a write left in L2 go to memory while the next call is timed, 50 MB that are not its own.
+# More than any L2, so that writing it leaves no input of the next call there; and enough work, 170 us on an H100, for
+# the host to launch that call behind it: the time between the events is the GPU's, not the launcher's. What
+# it wrote and L2 holds goes to memory during that call, as the results of a training step's kernels do during the next.
 FLUSH_BYTES = 512 << 20
 
 # Relative error norms allowed against an FP64 reference of the same inputs, by the format of what the kernel writes
@@ -73,7 +73,7 @@ def time_gpu(call: Callable[[], Any], repeats: int = 20, seconds: float = 0.2) -
     Events are recorded around each call and read at the end: nothing waits in between. Inputs should be random, not
     zero: zeros save power and flatter by 10 to 20 %.
     """
-    flush = torch.zeros(FLUSH_BYTES // 8, dtype=torch.int64, device="cuda")
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     call()
     start.record()
@@ -84,7 +84,7 @@ def time_gpu(call: Callable[[], Any], repeats: int = 20, seconds: float = 0.2) -
         call()
     events = []
     for _ in range(repeats):
-        torch.amax(flush)
+        flush.zero_()
         begin, finish = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         call()

@@ -211,8 +211,8 @@ class TrainConfig:
     resume: str = knob("auto", "auto | never | PATH of a checkpoint: auto takes run_dir's newest complete one.")
     finish: list[str] = knob([], "What follows the run, in order: any of sample, export, verify.")
     deterministic: bool = knob(False, "Refuse kernels whose result depends on the order of threads; slower.")
-    cuda_graph: bool = knob(
-        False, "Start a micro-batch's forward and backward as one CUDA graph; the whole model must be on one device."
+    cuda_graph: Optional[bool] = knob(
+        None, "Start a micro-batch's forward and backward as one CUDA graph; null: where a GPU holds the whole model."
     )
     recompute: str = knob("selective", "none | selective | full: what backward computes again (V3 3.2.3: selective).")
     loss_chunk: int = knob(2048, "Rows of logits that exist at once in the loss, tokens.")

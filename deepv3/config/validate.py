@@ -250,7 +250,7 @@ def _train(cfg: Config) -> Iterator[str]:
         yield (
             f"train.cuda_graph = true records a whole model on one device, and parallel.pp_size = {parallel.pp_size}, "
             f"parallel.ep_size = {parallel.ep_size}, parallel.schedule = {parallel.schedule} cut it up; set "
-            "train.cuda_graph=false, or both sizes to 1 with parallel.schedule=1f1b"
+            "train.cuda_graph=null, or both sizes to 1 with parallel.schedule=1f1b"
         )
     ramp = train.batch_ramp
     if ramp is not None and ramp.end < ramp.start:

@@ -12,7 +12,7 @@ from deepv3.model.transformer import DTYPES, Transformer
 from deepv3.pipeline.executor import Executor
 from deepv3.pipeline.layout import StageSpec, embedding_ranks, format_layout, place
 from deepv3.pipeline.plain import PlainExecutor
-from deepv3.pipeline.replay import Replay
+from deepv3.pipeline.replay import Replay, records
 from deepv3.pipeline.schedule import Schedule, make_schedule, micro_batches
 from deepv3.pipeline.stage import Stage
 from deepv3.precision.recipe import recipe_of
@@ -107,6 +107,8 @@ def build_pipeline(cfg: Config, grid: Grid, placement: Placement) -> tuple[Trans
     )
     model.init_weights(cfg.seed)
     if whole:
-        return model, PlainExecutor(model, grid.device, Replay(model, grid.device) if cfg.train.cuda_graph else None)
+        return model, PlainExecutor(
+            model, grid.device, Replay(model, grid.device) if records(cfg, grid.device) else None
+        )
     stages = {number: Stage(model, spec, queue, grid.device) for number, (spec, queue) in zip(placement.held, parts)}
     return model, Executor(model, stages, cfg, grid)

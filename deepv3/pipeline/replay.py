@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepv3.config.schema import Config
 from deepv3.data.loader import Batch
 from deepv3.errors import ConfigError
 from deepv3.model.dispatch import Load
@@ -35,10 +36,15 @@ def record_graph(work: Callable[[], StepOut], pool: Any) -> tuple[StepOut, Calla
     return figures, graph.replay
 
 
-def require_device(device: torch.device) -> None:
-    """Raise ConfigError where a device cannot record."""
-    if device.type != "cuda":
-        raise ConfigError(f"train.cuda_graph = true wants a CUDA device, and this is {device}; set it to false")
+def records(cfg: Config, device: torch.device) -> bool:
+    """Whether a whole model on this device is run from recordings: train.cuda_graph, and null where they can be made.
+
+    Raises ConfigError where a device cannot record and should.
+    """
+    asked = cfg.train.cuda_graph
+    if asked and device.type != "cuda":
+        raise ConfigError(f"train.cuda_graph = true wants a CUDA device, and this is {device}; set it to null")
+    return device.type == "cuda" and cfg.parallel.ep_size == 1 if asked is None else asked
 
 
 @dataclass

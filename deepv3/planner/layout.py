@@ -53,7 +53,7 @@ class Layout:
     loss_chunk: int
     split: str = ""  # parallel.layout, layers per stage as text
     shares_memory: bool = False  # parallel.dispatcher = symmetric
-    cuda_graph: bool = False  # train.cuda_graph
+    cuda_graph: bool = False  # unless train.cuda_graph is false
     virtual: int = 1
     wire: str = ""
     gradient_bytes: int = 4
@@ -78,7 +78,7 @@ class Layout:
             loss_chunk=train.loss_chunk,
             split=parallel.layout,
             shares_memory=parallel.dispatcher == "symmetric",
-            cuda_graph=train.cuda_graph,
+            cuda_graph=train.cuda_graph is not False,
         )
 
     @property
@@ -103,7 +103,7 @@ class Layout:
 
     @property
     def replayed(self) -> bool:
-        """Whether micro-batches are CUDA graphs: asked for, and the whole model on one device, as training demands."""
+        """Whether micro-batches are CUDA graphs: not refused, and the whole model on one device, as in training."""
         return self.cuda_graph and self.stages == self.ep == 1
 
     @property

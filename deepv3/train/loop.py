@@ -25,7 +25,7 @@ from deepv3.errors import CheckpointError, Stopped
 from deepv3.optim.ema import WeightAverage
 from deepv3.optim.engine import build_engine
 from deepv3.pipeline.build import Placement, build_pipeline
-from deepv3.pipeline.replay import require_device
+from deepv3.pipeline.replay import records
 from deepv3.train import garbage, memory, metrics
 from deepv3.train.events import EventLog, note_end
 from deepv3.train.faults import Votes
@@ -49,8 +49,7 @@ class Run:
         self.chief = self.grid.rank == 0
         self.device = self.grid.device
         validate(cfg, self.grid.world_size)
-        if cfg.train.cuda_graph:
-            require_device(self.device)
+        records(cfg, self.device)  # refuses before data are read
         self.placement = Placement.of(cfg, self.grid)
         self.at = Progress()
         self.guards = Guards(cfg, self.grid)

@@ -220,6 +220,17 @@ def test_each_mistake_is_seen(mistake):
     assert not same(once(case, True, mistake)[0], plainly(case)[0])
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_unasked_a_gpu_with_the_whole_model_records_and_nothing_else(device, ep_size):
+    cfg = Config()
+    cfg.parallel.ep_size = ep_size
+    assert cfg.train.cuda_graph is None
+    assert replay.records(cfg, torch.device(device)) == (device == "cuda" and ep_size == 1)
+    cfg.train.cuda_graph = False
+    assert not replay.records(cfg, torch.device(device))
+
+
 def test_a_cut_up_model_and_a_device_that_cannot_record_are_refused(monkeypatch):
     cfg = Config()
     cfg.train.cuda_graph, cfg.train.steps, cfg.train.global_batch_size, cfg.train.eval_every = True, 1, 4, 0

@@ -39,10 +39,10 @@ def v3_simulator() -> Simulator:
 
 
 def on(device: str, count: int, **changes) -> Layout:
-    """A layout of V3 on other machines, 1F1B unless said otherwise."""
+    """A layout of V3 on other machines, 1F1B and without CUDA graphs unless said otherwise."""
     row = DEVICES[device]
     base = v3(cluster=Cluster(row, count, min(row.domain, count), FABRICS["mpft"]), schedule="1f1b", moment_bytes=4)
-    return replace(base, **changes)
+    return replace(base, **{"cuda_graph": False} | changes)
 
 
 def constants(**values: float) -> Calibration:
