@@ -5,6 +5,7 @@ import time
 import layouts
 import pytest
 import ranks
+import shared_gpu
 import torch
 from layouts import Case, Outcome, Trainer
 from test_replay import STEPS, same
@@ -14,14 +15,21 @@ from deepv3.pipeline.replay import Replay
 pytestmark = pytest.mark.gpu
 
 
+def prepared(case: Case, replayed: bool) -> Trainer:
+    trainer = Trainer(case)
+    assert isinstance(trainer.executor.replay, Replay), "a GPU holds the whole model, so graphs are the default"
+    if not replayed:
+        trainer.executor.replay = None
+    return trainer
+
+
 def train(case: Case, replayed: bool) -> Outcome:
     """Steps with a validation in between, and another loss scale from the fourth on."""
-    trainer = Trainer(case)
-    if replayed:
-        trainer.executor.replay = Replay(trainer.model, trainer.grid.device)
+    trainer = prepared(case, replayed)
     for step in range(1, STEPS + 1):
         if step == 4:
-            trainer.case, trainer.share = trainer.case._replace(batch=2), range(2)
+            trainer.case = trainer.case._replace(batch=2)
+            trainer.share = range(trainer.grid.dp_rank, 2, trainer.grid.dp_size)
         trainer.step(step)
         if step in (1, 2):
             trainer.validate()
@@ -36,11 +44,16 @@ def test_graphs_train_as_the_launches_do(precision, mtp, recompute):
     assert same(found, plain)
 
 
+def test_graphs_of_two_data_ranks_train_as_the_launches_do():
+    """Gradients are reduced outside of the graphs; ranks share a GPU where there is one only."""
+    case = Case(mtp=1, precision="bf16", batch=4, dp=2, wide=True)
+    plain, found = (layouts.together(shared_gpu.run(2, train, case, replayed)) for replayed in (False, True))
+    assert same(found, plain)
+
+
 def enqueue(case: Case, replayed: bool) -> float:
     """Seconds until the host has enqueued a step's micro-batches, the median of ten."""
-    trainer = Trainer(case)
-    if replayed:
-        trainer.executor.replay = Replay(trainer.model, trainer.grid.device)
+    trainer = prepared(case, replayed)
     for step in (1, 2, 3):
         trainer.step(step)
     found = []
