@@ -180,6 +180,8 @@ class Run:
             if validate or last:
                 with self.pauses.span("validation"):
                     self._validate()
+            if last and self.chief and self.val_loss is not None:  # the live line still shows the one before
+                self.line.say(f"validation loss {self.val_loss:.3f} after step {self.at.step}")
             if every is not None and (due or wanted or last):
                 with self.pauses.span("checkpoint"):
                     self._save(wait=wanted or last)

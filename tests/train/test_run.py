@@ -79,6 +79,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(corpus, whole, 
     for steps in (3, 6):
         done = start(corpus, run_dir, f"train.steps={steps}")
         assert done.returncode == 0, done.stdout + done.stderr
+        ended = f"validation loss {rows(run_dir, 'validation.jsonl')[-1]['val_loss']:.3f} after step {steps}"
+        assert ended in done.stdout
     for ours, theirs in zip(rows(run_dir), rows(whole), strict=True):
         assert {k: ours[k] for k in EXACT} == {k: theirs[k] for k in EXACT}
     assert rows(run_dir, "validation.jsonl")[-1] == rows(whole, "validation.jsonl")[-1]
